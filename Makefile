@@ -1,0 +1,110 @@
+# `make demo` and `make test` set up everything they need in .venv; a second call re-uses what is there.
+#
+# torch comes first, so that nothing pulls another one. Where a CPU build is wanted from an index of its own, say so to
+# pip as usual, for instance: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
+# torchaudio is never installed: its registry build cannot load beside a CPU torch.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+TORCH := torch==2.13.0
+FAIRSEQ := fairseq-fixed==0.12.3.1
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/stamps
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet --constraint constraints.txt
+
+PACKAGE_FILES := $(sort $(shell find fairseq_moe_opt hf_integration -name '*.py' -o -name py.typed))
+
+# Transformers 4.57.1, the last line that computes NLLB-MoE right, cannot share an environment with 5.x: it lives in a
+# folder of its own that goes to the front of PYTHONPATH, with torch and all else from .venv.
+REFERENCE := .reference/transformers-4.57.1
+REFERENCE_PINS := transformers==4.57.1 huggingface-hub==0.36.2 tokenizers==0.22.2 \
+	requests==2.34.2 urllib3==2.8.0 charset-normalizer==3.5.2 idna==3.20 certifi
+
+.PHONY: help demo test test-gpu lint style bench setup reference clean distclean FORCE
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1@\2/p' $(MAKEFILE_LIST) | column -t -s @ 2>/dev/null \
+		|| sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1: \2/p' $(MAKEFILE_LIST)
+
+demo: $(STAMPS)/project ## translate the demo's test set with the demo checkpoint (DEMO_ARGS=...)
+	$(BIN)/python examples/demo/run.py $(DEMO_ARGS)
+
+test: $(STAMPS)/project $(STAMPS)/fairseq ## run the tests (PYTEST_ARGS=...)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-gpu: $(STAMPS)/project $(STAMPS)/fairseq ## run the tests that need a CUDA device
+	$(BIN)/python -m pytest --device cuda -m gpu $(PYTEST_ARGS)
+
+lint: $(STAMPS)/dependencies ## ruff, and mypy (strict on the engine)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+style: $(STAMPS)/dependencies ## let ruff format and mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMPS)/project $(REFERENCE) ## measure generation against Transformers 4.57.1 and 5.x (BENCH_ARGS=...)
+	$(BIN)/python benchmarks/generate.py --reference $(REFERENCE) $(BENCH_ARGS)
+
+setup: $(STAMPS)/project $(STAMPS)/fairseq ## set up .venv and run nothing
+
+reference: $(REFERENCE) ## Transformers 4.57.1 in a side folder
+
+clean: ## remove builds and caches
+	rm -rf build dist *.egg-info demo-output bench-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -not -path './.reference/*' -prune -exec rm -rf {} +
+
+distclean: clean ## also remove .venv and the side folders
+	rm -rf $(VENV) .reference
+
+$(STAMPS)/venv:
+	@if [ -z "$(PYTHON)" ]; then echo "no python3 found: install Python 3.10 or newer" >&2; exit 1; fi
+	@if ! "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then \
+		echo "$(PYTHON) is too old: Python 3.10 or newer is needed (PYTHON=... chooses one)" >&2; exit 1; fi
+	@if ! "$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null; then \
+		echo "$(PYTHON) has no venv: apt-get install python3-venv" >&2; exit 1; fi
+	"$(PYTHON)" -m venv --clear $(VENV)
+	mkdir -p $(STAMPS)
+	touch $@
+
+# The order matters: torch, then what builds need, then the rest, which finds both in place.
+$(STAMPS)/dependencies: $(STAMPS)/venv setup.py constraints.txt
+	$(INSTALL) $(TORCH)
+	$(INSTALL) numpy cython 'setuptools<81' wheel
+	rm -rf build *.egg-info
+	$(INSTALL) --no-build-isolation '.[all]'
+	rm -rf build *.egg-info
+	touch $@
+
+# Its own requirements, less torchaudio, are the fairseq extra; its build needs the torch that is here.
+$(STAMPS)/fairseq: $(STAMPS)/dependencies
+	@include=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["include"])'); \
+	if ! command -v g++ >/dev/null || [ ! -f "$$include/Python.h" ]; then \
+		echo "fairseq is compiled here: apt-get install g++ python3-dev" >&2; exit 1; fi
+	@echo 'installing $(FAIRSEQ); compiling it takes about four minutes, once'
+	$(INSTALL) --no-build-isolation --no-deps $(FAIRSEQ)
+	touch $@
+
+# Not editable, so that `--user-dir fairseq_moe_opt` resolves from any folder; installed again when a source changed.
+$(STAMPS)/project: $(STAMPS)/dependencies $(STAMPS)/files $(PACKAGE_FILES)
+	rm -rf build *.egg-info
+	$(INSTALL) --no-deps --no-build-isolation --force-reinstall .
+	rm -rf build *.egg-info
+	touch $@
+
+# The list of sources, rewritten only when it changed: a file that went away is noticed too.
+$(STAMPS)/files: FORCE | $(STAMPS)/dependencies
+	@printf '%s\n' $(PACKAGE_FILES) | cmp --quiet - $@ || printf '%s\n' $(PACKAGE_FILES) > $@
+
+$(REFERENCE): | $(STAMPS)/dependencies
+	rm -rf $@.part
+	$(PIP) install --quiet --no-deps --target $@.part $(REFERENCE_PINS)
+	mv $@.part $@

@@ -1,0 +1,86 @@
+"""Build file of fairseq-moe-opt; pyproject.toml holds tool settings only."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+
+# Every package by name: a folder that is forgotten here fails tests/test_environment.py.
+PACKAGES = [
+    "fairseq_moe_opt",
+    "fairseq_moe_opt.checkpoints",
+    "fairseq_moe_opt.moe",
+    "fairseq_moe_opt.moe.kernels",
+    "hf_integration",
+    "hf_integration.families",
+]
+
+CORE = ["torch>=2.10", "numpy>=1.26", "safetensors>=0.5", "pyyaml>=6.0", "typer>=0.15", "rich>=13"]
+HF = ["transformers>=5.0,<6", "accelerate>=1.1", "sentencepiece>=0.2", "protobuf>=4"]
+# What fairseq-fixed==0.12.3.1 needs, less torch (here already) and torchaudio (whose registry build cannot
+# load beside a CPU torch). fairseq-fixed itself takes one line more, with --no-build-isolation --no-deps: see
+# README.md.
+FAIRSEQ = [
+    "bitarray",
+    "cffi",
+    "cython",
+    "hydra-core==1.3.2",
+    "omegaconf==2.3.0",
+    "packaging",
+    "regex",
+    "sacrebleu",
+    "scikit-learn",
+    "tqdm",
+]
+PLOTS = ["matplotlib>=3.8"]
+DEV = ["hypothesis>=6.100", "mypy>=1.15", "pytest>=8", "pytest-cov>=5", "ruff>=0.9", "types-PyYAML"]
+
+
+def version() -> str:
+    """The one version number, as ``fairseq_moe_opt/__init__.py`` states it."""
+    source = (HERE / "fairseq_moe_opt" / "__init__.py").read_text(encoding="utf-8")
+    return re.findall(r'^__version__ = "([^"]+)"$', source, flags=re.MULTILINE)[0]
+
+
+def long_description() -> str:
+    """The README, or nothing in a tree without one."""
+    readme = HERE / "README.md"
+    return readme.read_text(encoding="utf-8") if readme.exists() else ""
+
+
+setup(
+    name="fairseq-moe-opt",
+    version=version(),
+    description="Mixture-of-Experts inference for fairseq and Hugging Face Transformers",
+    long_description=long_description(),
+    long_description_content_type="text/markdown",
+    author="The fairseq-moe-opt authors",
+    license="MIT",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=PACKAGES,
+    package_data={"fairseq_moe_opt": ["py.typed"], "hf_integration": ["py.typed"]},
+    zip_safe=False,
+    install_requires=CORE,
+    extras_require={
+        "hf": HF,
+        "fairseq": FAIRSEQ,
+        "plots": PLOTS,
+        "dev": DEV,
+        "all": HF + FAIRSEQ + PLOTS + DEV,
+    },
+    entry_points={"console_scripts": ["moe-opt = fairseq_moe_opt.cli:main"]},
+    classifiers=[
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)
