@@ -1,0 +1,78 @@
+"""The composition root: options and a layer's description in, a layer out. Cross-checks happen here, before weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fairseq_moe_opt.errors import OptionError
+from fairseq_moe_opt.moe.kernels import choose_kernel
+from fairseq_moe_opt.moe.layer import LayerConfig, MoELayer
+from fairseq_moe_opt.moe.protocols import ExpertStore, RoutingObserver
+from fairseq_moe_opt.moe.report import LayerCounters
+from fairseq_moe_opt.moe.routing import GShardTop2Router, SoftmaxTopKRouter, Top1Router
+from fairseq_moe_opt.options import MoEOptions
+
+AnyRouter = GShardTop2Router | Top1Router | SoftmaxTopKRouter
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What a checkpoint says of one layer.
+
+    Attributes:
+        name: the layer's name in its model.
+        phase: ``encoder`` or ``decoder``.
+        router: with the checkpoint's own capacity rule.
+        activation: of the experts.
+        expert_masking: EOM probability.
+        final_masking: FOM probability.
+    """
+
+    name: str
+    phase: str
+    router: AnyRouter
+    activation: str = "relu"
+    expert_masking: float = 0.0
+    final_masking: float = 0.0
+
+
+def needs_packed_experts(options: MoEOptions, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernel for such weights computes from one tensor of all experts instead of the experts' own tensors.
+
+    Raises KernelError when the kernel asked for cannot run on them.
+    """
+    return options.gating == "dynamic" and choose_kernel(options.kernel, device, dtype).needs_packed
+
+
+def build_layer(
+    spec: LayerSpec,
+    options: MoEOptions,
+    gate: Callable[[Tensor], Tensor],
+    store: ExpertStore,
+    observers: Iterable[RoutingObserver] = (),
+) -> MoELayer:
+    """The layer that ``spec`` describes, run as ``options`` say, over ``gate`` and ``store``."""
+    if store.num_experts != spec.router.num_experts:
+        raise OptionError(
+            "num_experts",
+            f"{spec.name} routes to {spec.router.num_experts} experts but has {store.num_experts}",
+        )
+    config = LayerConfig(
+        activation=spec.activation,
+        gating=options.gating,
+        kernel=options.kernel,
+        expert_masking=spec.expert_masking,
+        final_masking=spec.final_masking,
+    )
+    counters = LayerCounters(spec.name, spec.phase, spec.router.num_experts, options.profile)
+    return MoELayer(gate, _router(spec.router, options), store, config, counters, observers)
+
+
+def _router(router: AnyRouter, options: MoEOptions) -> AnyRouter:
+    if options.capacity == "none" and not isinstance(router, SoftmaxTopKRouter):
+        return replace(router, capacity=None)
+    return router

@@ -1,0 +1,93 @@
+"""The expert FFN itself, and stores that keep all experts on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fairseq_moe_opt.errors import OptionError
+from fairseq_moe_opt.moe.types import ACTIVATIONS, ExpertWave, ExpertWeights, PackedExperts
+
+_ACTIVATE: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu,
+    "gelu": functional.gelu,
+    "silu": functional.silu,
+}
+
+
+def check_activation(name: str) -> str:
+    """Return ``name`` if this engine computes it, else raise OptionError with the names it does."""
+    if name not in _ACTIVATE:
+        raise OptionError("activation", f"{name!r} is not one of {', '.join(ACTIVATIONS)}")
+    return name
+
+
+def activate(name: str, hidden: Tensor) -> Tensor:
+    """Apply activation ``name`` to ``hidden`` of any shape."""
+    return _ACTIVATE[name](hidden)
+
+
+def expert_ffn(rows: Tensor, expert: ExpertWeights, activation: str) -> Tensor:
+    """``fc2(act(fc1 x))`` of (r, D) rows, gated when the expert has a gate matrix. Differentiable."""
+    hidden = functional.linear(rows, expert.fc1_weight, expert.fc1_bias)
+    if expert.gate_weight is None:
+        hidden = activate(activation, hidden)
+    else:
+        hidden = activate(activation, functional.linear(rows, expert.gate_weight)) * hidden
+    return functional.linear(hidden, expert.fc2_weight, expert.fc2_bias)
+
+
+class ResidentExperts:
+    """All experts of a layer as separate tensors on the device; holds references, never copies.
+
+    ``load`` is called for the weights at each use, so an update of the parameters is seen at once.
+    """
+
+    def __init__(self, num_experts: int, load: Callable[[int], ExpertWeights]) -> None:
+        self._num_experts = num_experts
+        self._load = load
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self._num_experts
+
+    @property
+    def trainable(self) -> bool:
+        """Whether any weight of any expert takes gradients."""
+        experts = (self._load(expert) for expert in range(self._num_experts))
+        return any(tensor.requires_grad for weights in experts for tensor in weights.tensors())
+
+    def waves(self, needed: Sequence[int]) -> Iterator[ExpertWave]:
+        """One wave with everything asked for."""
+        yield ExpertWave(tuple(needed), tuple(self._load(expert) for expert in needed))
+
+
+class ResidentPackedExperts:
+    """All experts of a layer as one stack a matrix on the device."""
+
+    def __init__(self, packed: PackedExperts) -> None:
+        self._packed = packed
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self._packed.num_experts
+
+    @property
+    def packed(self) -> PackedExperts:
+        """The stack itself."""
+        return self._packed
+
+    @property
+    def trainable(self) -> bool:
+        """Whether any weight takes gradients."""
+        return any(tensor.requires_grad for tensor in self._packed.expert(0).tensors())
+
+    def waves(self, needed: Sequence[int]) -> Iterator[ExpertWave]:
+        """One wave with everything asked for, and the stack."""
+        weights = tuple(self._packed.expert(expert) for expert in needed)
+        yield ExpertWave(tuple(needed), weights, self._packed)

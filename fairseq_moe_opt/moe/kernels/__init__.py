@@ -1,0 +1,81 @@
+"""Expert kernels: grouped FFNs over rows sorted by expert, one file a backend, behind an append-only registry.
+
+``naive`` is the oracle and never goes away. Nothing falls back silently: a kernel asked for by name either runs or
+raises :class:`~fairseq_moe_opt.errors.KernelError` saying why, and what ``auto`` chose is in the report.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fairseq_moe_opt.errors import KernelError, OptionError
+from fairseq_moe_opt.moe.kernels.grouped_mm import GroupedMMKernel
+from fairseq_moe_opt.moe.kernels.loop import LoopKernel
+from fairseq_moe_opt.moe.kernels.naive import NaiveKernel
+from fairseq_moe_opt.moe.protocols import ExpertKernel
+
+_REGISTRY: dict[str, ExpertKernel] = {}
+
+AUTO = "auto"
+
+
+def register_kernel(kernel: ExpertKernel) -> None:
+    """Add ``kernel`` under its name; a name is taken once (OptionError)."""
+    if kernel.name in _REGISTRY or kernel.name == AUTO:
+        raise OptionError("kernel", f"the name {kernel.name!r} is taken")
+    _REGISTRY[kernel.name] = kernel
+
+
+def kernel_names() -> tuple[str, ...]:
+    """Every registered name, in order of registration."""
+    return tuple(_REGISTRY)
+
+
+def available_kernels(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[str, ...]:
+    """Names of the kernels that can run on ``dtype`` tensors of ``device``."""
+    device = torch.device(device)
+    return tuple(name for name, kernel in _REGISTRY.items() if kernel.refusal(device, dtype) is None)
+
+
+def get_kernel(name: str) -> ExpertKernel:
+    """The kernel registered as ``name``; OptionError lists the names there are."""
+    try:
+        return _REGISTRY[name]
+    except KeyError:
+        known = ", ".join((AUTO, *_REGISTRY))
+        raise OptionError("kernel", f"{name!r} is not one of {known}") from None
+
+
+def choose_kernel(name: str, device: torch.device, dtype: torch.dtype) -> ExpertKernel:
+    """The kernel for ``dtype`` tensors on ``device``; ``auto`` takes the fastest measured one there.
+
+    Raises KernelError when the named kernel cannot run there.
+    """
+    if name == AUTO:
+        name = _fastest(device, dtype)
+    kernel = get_kernel(name)
+    reason = kernel.refusal(device, dtype)
+    if reason is not None:
+        raise KernelError(f"kernel {name!r} cannot run here: {reason}")
+    return kernel
+
+
+def _fastest(device: torch.device, dtype: torch.dtype) -> str:
+    """Threads over experts beat every alternative on CPU; grouped GEMMs save the launches of a loop on CUDA."""
+    if device.type == "cuda" and get_kernel("grouped_mm").refusal(device, dtype) is None:
+        return "grouped_mm"
+    return "loop"
+
+
+register_kernel(NaiveKernel())
+register_kernel(LoopKernel())
+register_kernel(GroupedMMKernel())
+
+__all__ = [
+    "AUTO",
+    "available_kernels",
+    "choose_kernel",
+    "get_kernel",
+    "kernel_names",
+    "register_kernel",
+]

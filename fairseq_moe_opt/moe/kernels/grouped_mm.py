@@ -1,0 +1,67 @@
+"""Grouped GEMMs through ``torch.nn.functional.grouped_mm``: two calls a layer, whatever the number of experts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fairseq_moe_opt.errors import KernelError
+from fairseq_moe_opt.moe.experts import activate
+from fairseq_moe_opt.moe.types import ExpertWave, Segment
+
+_ALIGNMENT_BYTES = 16
+"""Rows of every operand must start on such a boundary."""
+
+
+class GroupedMMKernel:
+    """Computes all experts of a packed layer at once. On CPU torch itself loops over the groups."""
+
+    name = "grouped_mm"
+    needs_packed = True
+
+    def refusal(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Needs torch >= 2.10; on CUDA bfloat16 and compute capability 8.0 or more."""
+        if not hasattr(functional, "grouped_mm"):
+            return f"torch {torch.__version__} has no grouped_mm (2.10 brings it); use kernel='loop'"
+        if device.type == "cpu":
+            return None
+        if device.type != "cuda":
+            return f"grouped_mm runs on cpu and cuda, not {device.type}; use kernel='loop'"
+        if dtype != torch.bfloat16:
+            return f"grouped_mm on CUDA takes bfloat16, not {dtype}; use kernel='loop'"
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            return "grouped_mm needs a GPU of compute capability 8.0 or more; use kernel='loop'"
+        return None
+
+    def run(self, rows: Tensor, segments: Sequence[Segment], wave: ExpertWave, activation: str, out: Tensor) -> None:
+        """One grouped product a matrix; biases are added by row."""
+        packed = wave.packed
+        if packed is None:
+            raise KernelError("kernel 'grouped_mm' needs experts packed in one tensor; this store keeps them apart")
+        row_bytes = rows.element_size()
+        if any(width * row_bytes % _ALIGNMENT_BYTES for width in packed.fc1_weight.shape[1:]):
+            raise KernelError(
+                f"kernel 'grouped_mm' needs rows of a multiple of {_ALIGNMENT_BYTES} bytes; experts are "
+                f"{tuple(packed.fc1_weight.shape[1:])} of {row_bytes} bytes: use kernel='loop'"
+            )
+        counts = [0] * packed.num_experts
+        for segment in segments:
+            counts[segment.expert] = segment.stop - segment.start
+        counts_device = torch.tensor(counts, device=rows.device)
+        offsets = counts_device.cumsum(0).to(torch.int32)
+
+        def product(left: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            result = functional.grouped_mm(left, weight.transpose(1, 2), offs=offsets)
+            if bias is None:
+                return result
+            return result.add_(bias.repeat_interleave(counts_device, 0, output_size=len(left)))
+
+        hidden = product(rows, packed.fc1_weight, packed.fc1_bias)
+        if packed.gate_weight is None:
+            hidden = activate(activation, hidden)
+        else:
+            hidden = activate(activation, product(rows, packed.gate_weight, None)) * hidden
+        out.copy_(product(hidden, packed.fc2_weight, packed.fc2_bias))

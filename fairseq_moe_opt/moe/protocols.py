@@ -1,0 +1,75 @@
+"""The seams of the layer: what a router, an expert store and an observer must offer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fairseq_moe_opt.moe.types import Dispatch, ExpertWave, Routing, Segment
+
+
+class Router(Protocol):
+    """Turns gate logits into a routing; a pure decision, without weights of its own."""
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+
+    @property
+    def top_k(self) -> int:
+        """K."""
+
+    def route(
+        self,
+        logits: Tensor,
+        padding: Tensor | None = None,
+        *,
+        training: bool = False,
+        model_dtype: torch.dtype | None = None,
+        with_slots: bool = False,
+        with_aux_loss: bool = False,
+    ) -> Routing:
+        """Route (T, E) logits; ``padding`` is (T,) bool, True where a row is padding; weights have ``model_dtype``."""
+
+
+class ExpertStore(Protocol):
+    """Where a layer's expert weights are had from. A wave's weights stay valid until the next wave is asked for."""
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+
+    @property
+    def trainable(self) -> bool:
+        """Whether any weight takes gradients."""
+
+    def waves(self, needed: Sequence[int]) -> Iterator[ExpertWave]:
+        """Give every expert of ``needed`` (ascending, no repeats) exactly once, in as many waves as memory asks for."""
+
+
+class ExpertKernel(Protocol):
+    """Computes expert FFNs over rows sorted by expert."""
+
+    @property
+    def name(self) -> str:
+        """The name users choose it by."""
+
+    @property
+    def needs_packed(self) -> bool:
+        """Whether it computes from ``ExpertWave.packed`` instead of the experts' own tensors."""
+
+    def refusal(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why it cannot run on such tensors, or None if it can."""
+
+    def run(self, rows: Tensor, segments: Sequence[Segment], wave: ExpertWave, activation: str, out: Tensor) -> None:
+        """Write ``expert(rows[segment])`` into ``out[segment]`` for every segment; both are (R, D)."""
+
+
+class RoutingObserver(Protocol):
+    """Is told of every routing; looks, never steers."""
+
+    def observe(self, layer: str, routing: Routing, dispatch: Dispatch) -> None:
+        """Called once a forward of layer ``layer``, after planning."""

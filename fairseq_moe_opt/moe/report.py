@@ -1,0 +1,190 @@
+"""Counters a caller reads: what each Mixture-of-Experts layer did since they were last reset."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager as Context
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+
+import torch
+
+from fairseq_moe_opt.moe.types import Dispatch
+
+STEPS = ("routing", "dispatch", "experts", "combine")
+"""The steps of a layer that are timed when profiling is on."""
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What one layer did.
+
+    Attributes:
+        name: the layer's name in its model.
+        phase: ``encoder`` or ``decoder``.
+        calls: forwards.
+        tokens: rows it was given, padding included, over all calls.
+        routed_rows: expert rows the router asked for (padding not counted).
+        dropped_rows: those of them lost to capacity.
+        computed_rows: expert rows that went through an FFN; static gating computes E * C a call.
+        active_experts: mean over calls of the experts with at least one row.
+        max_active_experts: the largest of them.
+        expert_rows: rows of each expert over all calls, length E.
+        seconds: wall time by step, empty unless profiling was on.
+        kernels: what ran: names of kernels, ``static``, or ``autograd`` where gradients were wanted.
+    """
+
+    name: str
+    phase: str
+    calls: int
+    tokens: int
+    routed_rows: int
+    dropped_rows: int
+    computed_rows: int
+    active_experts: float
+    max_active_experts: int
+    expert_rows: tuple[int, ...]
+    seconds: dict[str, float]
+    kernels: tuple[str, ...]
+
+
+@dataclass
+class LayerCounters:
+    """Running sums of one layer; safe to add to from several threads."""
+
+    name: str
+    phase: str
+    num_experts: int
+    profile: bool = False
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def __post_init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything counted so far."""
+        with self._lock:
+            self._calls = self._tokens = self._routed = self._dropped = self._computed = 0
+            self._active = self._max_active = 0
+            self._rows = [0] * self.num_experts
+            self._seconds = dict.fromkeys(STEPS, 0.0) if self.profile else {}
+            self._kernels: dict[str, None] = {}
+
+    def add(self, num_tokens: int, dispatch: Dispatch, computed_rows: int, kernel: str) -> None:
+        """Count one forward of ``num_tokens`` tokens."""
+        active = sum(1 for count in dispatch.counts if count)
+        with self._lock:
+            self._calls += 1
+            self._tokens += num_tokens
+            self._routed += dispatch.num_rows + dispatch.dropped
+            self._dropped += dispatch.dropped
+            self._computed += computed_rows
+            self._active += active
+            self._max_active = max(self._max_active, active)
+            self._kernels[kernel] = None
+            for expert, count in enumerate(dispatch.counts):
+                if count:
+                    self._rows[expert] += count
+
+    def timed(self, step: str, device: torch.device) -> Context[None]:
+        """Add the time of the ``with`` block to ``step``; does nothing unless profiling is on."""
+        return self._timed(step, device) if self.profile else nullcontext()
+
+    @contextmanager
+    def _timed(self, step: str, device: torch.device) -> Iterator[None]:
+        _finish(device)
+        start = time.perf_counter()
+        yield
+        _finish(device)
+        with self._lock:
+            self._seconds[step] += time.perf_counter() - start
+
+    def __deepcopy__(self, memo: dict[int, object]) -> LayerCounters:
+        return LayerCounters(self.name, self.phase, self.num_experts, self.profile)
+
+    def __reduce__(self) -> tuple[type[LayerCounters], tuple[str, str, int, bool]]:
+        # A copied or pickled model starts counting afresh; a lock cannot travel anyway.
+        return LayerCounters, (self.name, self.phase, self.num_experts, self.profile)
+
+    def snapshot(self) -> LayerReport:
+        """The sums so far."""
+        with self._lock:
+            return LayerReport(
+                self.name,
+                self.phase,
+                self._calls,
+                self._tokens,
+                self._routed,
+                self._dropped,
+                self._computed,
+                self._active / self._calls if self._calls else 0.0,
+                self._max_active,
+                tuple(self._rows),
+                dict(self._seconds),
+                tuple(self._kernels),
+            )
+
+
+def _finish(device: torch.device) -> None:
+    """Wait for the device, so that a step's time is its own; only ever called while profiling."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an optimised model did, since the counters were reset.
+
+    Attributes:
+        family: of the model, as ``nllb-moe``.
+        options: the options it runs with.
+        layers: one report a Mixture-of-Experts layer, in the model's order.
+        tokens: rows that went through each phase, padding included (every layer of a phase sees the same).
+        expert_bytes: bytes of all expert weights.
+        peak_memory_bytes: the peak named by ``peak_memory_kind``.
+        peak_memory_kind: ``cuda allocated`` since the reset, or ``process resident`` since the process started.
+        seconds: wall time of the generate call, 0 when there was none.
+    """
+
+    family: str
+    options: dict[str, object]
+    layers: tuple[LayerReport, ...]
+    tokens: dict[str, int]
+    expert_bytes: int
+    peak_memory_bytes: int
+    peak_memory_kind: str
+    seconds: float
+
+    @property
+    def step_seconds(self) -> dict[str, float]:
+        """Time by step, summed over layers; empty unless profiling was on."""
+        total: dict[str, float] = {}
+        for layer in self.layers:
+            for step, seconds in layer.seconds.items():
+                total[step] = total.get(step, 0.0) + seconds
+        return total
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values, ready for ``json.dump``."""
+        return {**asdict(self), "step_seconds": self.step_seconds}
+
+
+def tokens_by_phase(layers: Iterable[LayerReport]) -> dict[str, int]:
+    """Rows that went through each phase: what its busiest layer saw."""
+    tokens: dict[str, int] = {}
+    for layer in layers:
+        tokens[layer.phase] = max(tokens.get(layer.phase, 0), layer.tokens)
+    return tokens
+
+
+def peak_memory(device: torch.device) -> tuple[int, str]:
+    """Peak bytes and what they are: the CUDA allocator's since its last reset, or the process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device), "cuda allocated"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Linux counts in KiB, macOS in bytes.
+    return peak * (1 if sys.platform == "darwin" else 1024), "process resident"

@@ -1,0 +1,179 @@
+"""Values that travel through one Mixture-of-Experts layer.
+
+Shape legend, used in every file of this room:
+
+====  =====================================================================
+T     tokens: rows of the layer's input, padding included (the paper's S)
+D     model width (the paper's TD)
+F     width of an expert's hidden layer (the paper's HD)
+E     experts of the layer
+K     experts a token chooses
+N     routed rows, T * K
+R     rows an expert FFN really computes: N less the dropped ones
+====  =====================================================================
+
+A choice that must not be computed (padding, over capacity, second expert not sampled) has ``expert_index == E`` and
+weight 0: it sorts to the tail and costs nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ACTIVATIONS = ("relu", "gelu", "silu")
+"""Names of the expert activations this engine computes; ``gelu`` is the exact (erf) form."""
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Which experts each token goes to, and with what weight.
+
+    Attributes:
+        expert_index: (T, K) int64; ``num_experts`` marks a choice that is not computed.
+        weight: (T, K) in the model's dtype; 0 where the choice is not computed.
+        num_experts: E.
+        capacity: rows an expert may serve; None when nothing is ever dropped.
+        slot: (T, K) int64, place of the choice in its expert's buffer, ``capacity`` or more for a dropped one;
+            None unless the router was asked for it (only the static baseline needs it when nothing is dropped).
+        dropped: 0-dim int64, choices lost to capacity; None when nothing can be.
+        aux_loss: 0-dim, the load-balancing loss ``l_aux`` of GShard; None unless asked for.
+    """
+
+    expert_index: Tensor
+    weight: Tensor
+    num_experts: int
+    capacity: int | None = None
+    slot: Tensor | None = None
+    dropped: Tensor | None = None
+    aux_loss: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """The plan that groups routed rows by expert.
+
+    Attributes:
+        source: (R,) int64, the token each sorted row is read from.
+        position: (T, K) int64, the sorted row that holds each choice's result; R for a choice not computed.
+        counts: rows of each expert, length E, on the host (this is the layer's one device-to-host copy).
+        dropped: choices lost to capacity, on the host with the same copy.
+    """
+
+    source: Tensor
+    position: Tensor
+    counts: tuple[int, ...]
+    dropped: int = 0
+
+    @property
+    def num_rows(self) -> int:
+        """R."""
+        return self.source.shape[0]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows ``start:stop`` of the sorted rows, all of one expert; never empty."""
+
+    expert: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """One expert: ``fc2(act(fc1 x))``, or ``fc2(act(gate x) * fc1 x)`` when ``gate`` is there.
+
+    Attributes:
+        fc1_weight: (F, D); fc1_bias: (F,) or None.
+        fc2_weight: (D, F); fc2_bias: (D,) or None.
+        gate_weight: (F, D) or None.
+    """
+
+    fc1_weight: Tensor
+    fc1_bias: Tensor | None
+    fc2_weight: Tensor
+    fc2_bias: Tensor | None
+    gate_weight: Tensor | None = None
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors that are there, in field order."""
+        fields = (self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias, self.gate_weight)
+        return tuple(tensor for tensor in fields if tensor is not None)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
+
+
+@dataclass(frozen=True)
+class PackedExperts:
+    """All experts of a layer in one tensor a matrix; expert ``e`` is row ``e`` of each.
+
+    Attributes:
+        fc1_weight: (E, F, D); fc1_bias: (E, F) or None.
+        fc2_weight: (E, D, F); fc2_bias: (E, D) or None.
+        gate_weight: (E, F, D) or None.
+    """
+
+    fc1_weight: Tensor
+    fc1_bias: Tensor | None
+    fc2_weight: Tensor
+    fc2_bias: Tensor | None
+    gate_weight: Tensor | None = None
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.fc1_weight.shape[0]
+
+    def expert(self, index: int) -> ExpertWeights:
+        """Views of expert ``index``; nothing is copied."""
+        return ExpertWeights(
+            self.fc1_weight[index],
+            None if self.fc1_bias is None else self.fc1_bias[index],
+            self.fc2_weight[index],
+            None if self.fc2_bias is None else self.fc2_bias[index],
+            None if self.gate_weight is None else self.gate_weight[index],
+        )
+
+    @classmethod
+    def empty(
+        cls,
+        num_experts: int,
+        model_width: int,
+        ffn_width: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        bias: bool = True,
+    ) -> PackedExperts:
+        """Uninitialised storage for ``num_experts`` ungated experts (D ``model_width``, F ``ffn_width``)."""
+
+        def new(*shape: int) -> Tensor:
+            return torch.empty(num_experts, *shape, dtype=dtype, device=device)
+
+        return cls(
+            new(ffn_width, model_width),
+            new(ffn_width) if bias else None,
+            new(model_width, ffn_width),
+            new(model_width) if bias else None,
+        )
+
+
+@dataclass(frozen=True)
+class ExpertWave:
+    """Experts that are on the device together, for a kernel to compute.
+
+    Attributes:
+        experts: ids in this wave, ascending.
+        weights: the weights of ``experts[i]`` at place i.
+        packed: the same as one stack over all E experts, when the store keeps it so; kernels that need it say so.
+    """
+
+    experts: tuple[int, ...]
+    weights: tuple[ExpertWeights, ...]
+    packed: PackedExperts | None = None
