@@ -1,0 +1,130 @@
+"""Expert stores over a host model's own modules: the parameters stay where they are, under their own names."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fairseq_moe_opt.errors import NoMoELayerError
+from fairseq_moe_opt.moe import ExpertWeights, PackedExperts
+from fairseq_moe_opt.moe.types import ExpertWave
+
+_MADV_PAGEOUT = 21
+"""From Linux 5.4 on; Python's mmap module does not name it."""
+
+
+class ModuleExperts:
+    """Experts given as pairs of ``nn.Linear``; reads the live parameters, so training and loading are seen at once.
+
+    Attributes:
+        pairs: (fc1, fc2) of every expert, in order.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[nn.Module, nn.Module]]) -> None:
+        for fc1, fc2 in pairs:
+            for module in (fc1, fc2):
+                if not isinstance(module, nn.Linear):
+                    raise NoMoELayerError(
+                        f"an expert's layer is a {type(module).__name__}, not torch.nn.Linear; "
+                        "quantised or adapted experts are not supported: load the model without them"
+                    )
+        self.pairs = tuple(pairs)
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return len(self.pairs)
+
+    @property
+    def trainable(self) -> bool:
+        """Whether any weight of any expert takes gradients."""
+        return any(
+            tensor.requires_grad for expert in range(len(self.pairs)) for tensor in self.weights(expert).tensors()
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all experts."""
+        return sum(self.weights(expert).nbytes for expert in range(len(self.pairs)))
+
+    def weights(self, expert: int) -> ExpertWeights:
+        """The parameters themselves."""
+        fc1, fc2 = self.pairs[expert]
+        # Straight from the dictionaries: nn.Module's attribute look-up would cost more than a small expert's GEMM.
+        first, second = fc1._parameters, fc2._parameters
+        return ExpertWeights(first["weight"], first["bias"], second["weight"], second["bias"])  # type: ignore[arg-type]
+
+    def waves(self, needed: Sequence[int]) -> Iterator[ExpertWave]:
+        """One wave with everything asked for."""
+        yield ExpertWave(tuple(needed), tuple(self.weights(expert) for expert in needed))
+
+
+class PackedModuleExperts(ModuleExperts):
+    """The same, with the parameters made views of one tensor a matrix, for kernels that compute all experts at once.
+
+    Packing goes expert by expert and releases each one's former storage, so it never holds a layer twice. It is
+    redone when the model was moved or cast. ``unpack`` gives every parameter its own storage again.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[nn.Module, nn.Module]]) -> None:
+        super().__init__(pairs)
+        self._packed = self._pack()
+
+    def waves(self, needed: Sequence[int]) -> Iterator[ExpertWave]:
+        """One wave with everything asked for, and the stack."""
+        if not (self._is_view(0) and self._is_view(len(self.pairs) - 1)):
+            self._packed = self._pack()
+        for wave in super().waves(needed):
+            yield ExpertWave(wave.experts, wave.weights, self._packed)
+
+    def unpack(self) -> None:
+        """Give every expert's parameters storage of their own, expert by expert."""
+        for expert in range(len(self.pairs)):
+            for parameter in self.weights(expert).tensors():
+                parameter.data = parameter.data.clone()
+
+    def _is_view(self, expert: int) -> bool:
+        mine, packed = self.weights(expert).fc1_weight, self._packed.fc1_weight
+        return mine.dtype == packed.dtype and mine.data_ptr() == packed[expert].data_ptr()
+
+    def _pack(self) -> PackedExperts:
+        first = self.weights(0)
+        ffn_width, model_width = first.fc1_weight.shape
+        packed = PackedExperts.empty(
+            len(self.pairs),
+            model_width,
+            ffn_width,
+            dtype=first.fc1_weight.dtype,
+            device=first.fc1_weight.device,
+            bias=first.fc1_bias is not None,
+        )
+        for expert in range(len(self.pairs)):
+            _move_into(self.weights(expert).tensors(), packed.expert(expert).tensors())
+        return packed
+
+
+def _move_into(parameters: Sequence[Tensor], views: Sequence[Tensor]) -> None:
+    with torch.no_grad():
+        for parameter, view in zip(parameters, views, strict=True):
+            view.copy_(parameter)
+            former, parameter.data = parameter.data, view
+            _page_out(former)
+
+
+def _page_out(tensor: Tensor) -> None:
+    """Tell the system that the pages under ``tensor`` are not needed soon; their content stays valid.
+
+    Transformers maps safetensors files: pages read for packing would stay in the process beside the packed copy.
+    Only a hint: where the system has no such call, or refuses it, nothing happens.
+    """
+    if tensor.device.type != "cpu" or not sys.platform.startswith("linux"):
+        return
+    first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = tensor.data_ptr() + tensor.numel() * tensor.element_size() - first
+    if length > 0:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), _MADV_PAGEOUT)

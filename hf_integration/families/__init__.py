@@ -1,0 +1,36 @@
+"""Model families of Transformers whose Mixture-of-Experts layers this project runs, one file a family."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import nn
+
+from fairseq_moe_opt.errors import NoMoELayerError
+from fairseq_moe_opt.options import MoEOptions
+from hf_integration.families import nllb_moe
+from hf_integration.patching import Installed
+
+
+class Family(Protocol):
+    """What a family file offers."""
+
+    NAME: str
+
+    def matches(self, model: nn.Module) -> bool:
+        """Whether ``model`` has layers of this family."""
+
+    def install(self, model: nn.Module, options: MoEOptions) -> Installed:
+        """Put the engine's layers in place of the model's own."""
+
+
+FAMILIES: tuple[Family, ...] = (nllb_moe,)
+
+
+def family_of(model: nn.Module) -> Family:
+    """The family of ``model``; NoMoELayerError names the families that were looked for."""
+    for family in FAMILIES:
+        if family.matches(model):
+            return family
+    looked_for = ", ".join(family.NAME for family in FAMILIES)
+    raise NoMoELayerError(f"{type(model).__name__} has no Mixture-of-Experts layer of a known family ({looked_for})")

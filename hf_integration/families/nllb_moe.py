@@ -1,0 +1,194 @@
+"""NLLB-MoE (``NllbMoeModel``, ``NllbMoeForConditionalGeneration``).
+
+Transformers 5 computes this family wrongly: ``NllbMoeExperts.forward`` takes the router's 0/1 mask for expert indices,
+so only experts 0 and 1 ever run. Here the whole of ``NllbMoeSparseMLP.forward`` is replaced. Routing follows
+Transformers 4.57: classifier and softmax in ``router_dtype``, probabilities rounded to the model's dtype before the
+choice, outputs scaled by ``1 - moe_token_dropout`` at evaluation. In training, whole expert rows are masked with that
+probability, as fairseq's expert output masking does (Transformers applies element-wise dropout, with rescaling).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.models.nllb_moe.configuration_nllb_moe import NllbMoeConfig
+from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeSparseMLP, NllbMoeTop2Router
+
+from fairseq_moe_opt.build import LayerSpec, build_layer, needs_packed_experts
+from fairseq_moe_opt.moe import CapacityRule, GShardTop2Router, MoELayer
+from fairseq_moe_opt.options import MoEOptions
+from hf_integration.experts import ModuleExperts, PackedModuleExperts
+from hf_integration.patching import Installed, Patches
+
+NAME = "nllb-moe"
+MODEL_TYPE = "nllb-moe"
+PHASES = ("encoder", "decoder")
+
+
+def matches(model: nn.Module) -> bool:
+    """Whether ``model`` holds a sparse layer of this family."""
+    return any(True for _ in _blocks(model))
+
+
+def install(model: nn.Module, options: MoEOptions) -> Installed:
+    """Replace the forward of every sparse layer; parameters, modules and their names stay."""
+    patches = Patches()
+    masks = _watch_padding(model, patches)
+    layers: list[MoELayer] = []
+    expert_bytes = 0
+    for name, block in _blocks(model):
+        spec = layer_spec(name, cast(NllbMoeConfig, model.config))
+        store = _expert_store(block, options, patches)
+        router_forward = _GateForward(block.router)
+        layer = build_layer(spec, options, _Gate(block.router), store)
+        patches.replace_forward(block.router, router_forward)
+        patches.replace_forward(block, _BlockForward(block, layer, masks, spec.phase))
+        layers.append(layer)
+        expert_bytes += store.nbytes
+    return Installed(NAME, tuple(layers), patches, expert_bytes)
+
+
+def layer_spec(name: str, config: NllbMoeConfig) -> LayerSpec:
+    """What ``config`` says of the sparse layer ``name``."""
+    router = GShardTop2Router(
+        num_experts=config.num_experts,
+        capacity=CapacityRule(config.moe_eval_capacity_token_fraction, fixed=config.expert_capacity),
+        second_expert_policy=config.second_expert_policy,
+        normalize_before_dropping=config.normalize_router_prob_before_dropping,
+        batch_prioritized=config.batch_prioritized_routing,
+        fp32_gating=config.router_dtype == "float32",
+        round_early=True,
+    )
+    phase = "decoder" if "decoder." in name else "encoder"
+    return LayerSpec(name, phase, router, config.activation_function, float(config.moe_token_dropout))
+
+
+def _blocks(model: nn.Module) -> Iterator[tuple[str, NllbMoeSparseMLP]]:
+    for name, module in model.named_modules():
+        if isinstance(module, NllbMoeSparseMLP):
+            yield name, module
+
+
+def _expert_store(block: NllbMoeSparseMLP, options: MoEOptions, patches: Patches) -> ModuleExperts:
+    # By name: Transformers 5 keeps other modules (token_dropout) in the same ModuleDict.
+    experts = [block.experts[f"expert_{index}"] for index in range(block.num_experts)]
+    pairs = [(expert.fc1, expert.fc2) for expert in experts]
+    weight = experts[0].fc1.weight
+    if not needs_packed_experts(options, weight.device, weight.dtype):
+        return ModuleExperts(pairs)
+    packed = PackedModuleExperts(pairs)
+    patches.on_undo(packed.unpack)
+    return packed
+
+
+class _PaddingMasks(threading.local):
+    """The padding of the tokens that a phase's layers are computing now, (B, T) bool, in this thread.
+
+    Taken from the encoder's or decoder's own two-dimensional mask: the four-dimensional one that layers are handed
+    has lost which tokens are padding once a cache is in use.
+    """
+
+    def __init__(self) -> None:
+        self.known: dict[str, Tensor | None] = {}
+
+    def __deepcopy__(self, memo: dict[int, object]) -> _PaddingMasks:
+        return _PaddingMasks()
+
+    def __reduce__(self) -> tuple[type[_PaddingMasks], tuple[()]]:
+        return _PaddingMasks, ()
+
+
+def _watch_padding(model: nn.Module, patches: Patches) -> _PaddingMasks:
+    masks = _PaddingMasks()
+    for name, module in model.named_modules():
+        phase = name.rpartition(".")[2]
+        if phase in PHASES and hasattr(module, "layers"):
+            before = module.register_forward_pre_hook(_NoteMask(masks, phase), with_kwargs=True)
+            after = module.register_forward_hook(_ForgetMask(masks, phase), always_call=True)
+            patches.on_undo(before.remove)
+            patches.on_undo(after.remove)
+    return masks
+
+
+class _NoteMask:
+    def __init__(self, masks: _PaddingMasks, phase: str) -> None:
+        self._masks, self._phase = masks, phase
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        if mask is None:
+            self._masks.known[self._phase] = None
+        elif isinstance(mask, Tensor) and mask.dim() == 2:
+            self._masks.known[self._phase] = mask == 0
+
+
+class _ForgetMask:
+    def __init__(self, masks: _PaddingMasks, phase: str) -> None:
+        self._masks, self._phase = masks, phase
+
+    def __call__(self, *_: Any) -> None:
+        self._masks.known.pop(self._phase, None)
+
+
+class _GateForward:
+    """``NllbMoeTop2Router.forward`` cut down to its logits, which ``output_router_logits`` records (place 2)."""
+
+    def __init__(self, router: NllbMoeTop2Router) -> None:
+        self._router = router
+        self.__wrapped__ = type(router).forward.__get__(router)
+
+    def __call__(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> tuple[None, None, Tensor]:
+        classifier = self._router.classifier
+        dtype = self._router.dtype
+        bias = None if classifier.bias is None else classifier.bias.to(dtype)
+        return None, None, functional.linear(hidden_states.to(dtype), classifier.weight.to(dtype), bias)
+
+
+class _Gate:
+    """The layer's gate: calls the router module, so that its forward hooks run."""
+
+    def __init__(self, router: nn.Module) -> None:
+        self._router = router
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        return cast(Tensor, self._router(tokens)[2])
+
+
+class _BlockForward:
+    """``NllbMoeSparseMLP.forward`` through the engine: (B, T, D) to (B, T, D)."""
+
+    def __init__(self, block: NllbMoeSparseMLP, layer: MoELayer, masks: _PaddingMasks, phase: str) -> None:
+        self._block, self._layer, self._masks, self._phase = block, layer, masks, phase
+        self.__wrapped__ = type(block).forward.__get__(block)
+
+    def __call__(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        batch, length, width = hidden_states.shape
+        padding = self._padding(padding_mask, batch, length)
+        tokens = hidden_states.reshape(batch * length, width)
+        result = self._layer(tokens, padding, training=self._block.training)
+        return result.output.view(batch, length, width)
+
+    def _padding(self, given: Tensor | None, batch: int, length: int) -> Tensor | None:
+        """(B*T,) bool, or None when no token is padding or padding is to be routed like any token.
+
+        ``router_ignore_padding_tokens=False`` means that padding is not routed, whatever its name suggests.
+        """
+        if self._block.router.router_ignore_padding_tokens:
+            return None
+        known = self._masks.known.get(self._phase, given)
+        if known is None:
+            return None
+        if known.dim() == 4:
+            known = _masked_columns(known)
+        return known[:, -length:].reshape(batch * length).bool() if known.shape[1] >= length else None
+
+
+def _masked_columns(mask: Tensor) -> Tensor:
+    """(B, columns) bool from a four-dimensional attention mask: columns that the last query may not attend to."""
+    last = mask[:, 0, -1, :]
+    return ~last if last.dtype == torch.bool else last < 0

@@ -1,0 +1,118 @@
+"""``optimize(model)``: the engine's layers in a loaded Transformers model, and the handle that looks after them."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationMixin
+
+from fairseq_moe_opt.errors import OptionError
+from fairseq_moe_opt.moe.report import Report, peak_memory, tokens_by_phase
+from fairseq_moe_opt.options import MoEOptions
+from hf_integration.families import family_of
+from hf_integration.patching import Installed
+
+
+class Handle:
+    """What ``optimize`` put into a model: reports on it, and takes it out again."""
+
+    def __init__(self, model: nn.Module, installed: Installed, options: MoEOptions) -> None:
+        self.options = options
+        self._model = model
+        self._installed = installed
+        self._seconds = 0.0
+
+    @property
+    def active(self) -> bool:
+        """False once undone."""
+        return getattr(self._model, "moe", None) is self
+
+    def report(self) -> Report:
+        """What the layers did since the last reset; every ``generate`` call starts with one."""
+        layers = tuple(layer.counters.snapshot() for layer in self._installed.layers)
+        peak, kind = peak_memory(self._device())
+        return Report(
+            family=self._installed.family,
+            options=self.options.to_dict(),
+            layers=layers,
+            tokens=tokens_by_phase(layers),
+            expert_bytes=self._installed.expert_bytes,
+            peak_memory_bytes=peak,
+            peak_memory_kind=kind,
+            seconds=self._seconds,
+        )
+
+    def reset(self) -> None:
+        """Set all counters to zero."""
+        self._seconds = 0.0
+        for layer in self._installed.layers:
+            layer.counters.reset()
+        if self._device().type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device())
+
+    def undo(self) -> None:
+        """Make the model exactly what it was: forwards, signatures, parameters' storage. A second call does nothing."""
+        self._installed.patches.undo()
+
+    def finish_call(self, seconds: float) -> None:
+        """Note the wall time of a generate call and write the report where the options ask for it."""
+        self._seconds = seconds
+        if self.options.report is not None:
+            write_report(self.report(), self.options.report)
+
+    def __repr__(self) -> str:
+        state = "active" if self.active else "undone"
+        return f"Handle({self._installed.family}, {len(self._installed.layers)} layers, {self.options}, {state})"
+
+    def _device(self) -> torch.device:
+        return next(self._model.parameters()).device
+
+
+class _Generate:
+    """``model.generate`` that leaves a report of each call."""
+
+    def __init__(self, model: GenerationMixin, handle: Handle) -> None:
+        self._model, self._handle = model, handle
+        functools.update_wrapper(self, model.generate)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._handle.reset()
+        start = time.perf_counter()
+        result = type(self._model).generate(self._model, *args, **kwargs)
+        self._handle.finish_call(time.perf_counter() - start)
+        return result
+
+
+def optimize(model: nn.Module, **options: Any) -> Handle:
+    """Run the Mixture-of-Experts layers of a loaded ``model`` through the engine, in place.
+
+    ``options`` are the fields of :class:`~fairseq_moe_opt.options.MoEOptions`. The handle is also ``model.moe``. State
+    dict, parameter objects and module names stay; ``handle.undo()`` takes everything back.
+
+    Raises NoMoELayerError when no known layer is found, OptionError for a wrong option or a model that already is
+    optimised, KernelError when the kernel asked for cannot run on the model's device and dtype.
+    """
+    wanted = MoEOptions.from_kwargs(**options)
+    if isinstance(getattr(model, "moe", None), Handle):
+        raise OptionError("model", "this model is already optimised; call model.moe.undo() first to change options")
+    installed = family_of(model).install(model, wanted)
+    handle = Handle(model, installed, wanted)
+    if isinstance(model, GenerationMixin):
+        installed.patches.set_attribute(model, "generate", _Generate(model, handle))
+    installed.patches.set_attribute(model, "moe", handle)
+    return handle
+
+
+def write_report(report: Report, path: str | os.PathLike[str]) -> None:
+    """Write ``report`` as JSON, to a temporary name first, so that a reader never sees half of it."""
+    target = Path(path)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+    partial.replace(target)

@@ -1,0 +1,76 @@
+"""Changes to a host model, each with its inverse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from fairseq_moe_opt.moe import MoELayer
+
+
+@dataclass(frozen=True)
+class _Restore:
+    """Puts an instance attribute back."""
+
+    target: object
+    name: str
+    had: bool
+    before: object
+
+    def __call__(self) -> None:
+        if self.had:
+            setattr(self.target, self.name, self.before)
+        else:
+            vars(self.target).pop(self.name, None)
+
+
+@dataclass
+class Patches:
+    """What was changed in a model, and how to put it back, last change first.
+
+    Every inverse is an object or a bound method, not a closure: in a copied model it then refers to the copy.
+    """
+
+    _undo: list[Callable[[], None]] = field(default_factory=list)
+
+    def replace_forward(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        """Give this one module another ``forward``, as an attribute that hides its class's.
+
+        ``forward`` is an object, not a closure, so that ``copy.deepcopy`` of the model copies what it refers to.
+        """
+        self.set_attribute(module, "forward", forward)
+
+    def set_attribute(self, target: object, name: str, value: object) -> None:
+        """Set an instance attribute; the inverse restores what the instance itself had."""
+        own = vars(target)
+        self._undo.append(_Restore(target, name, name in own, own.get(name)))
+        setattr(target, name, value)
+
+    def on_undo(self, undo: Callable[[], None]) -> None:
+        """Register the inverse of a change made elsewhere: an object or bound method, not a closure."""
+        self._undo.append(undo)
+
+    def undo(self) -> None:
+        """Put everything back; a second call does nothing."""
+        while self._undo:
+            self._undo.pop()()
+
+
+@dataclass(frozen=True)
+class Installed:
+    """A family's layers in a model.
+
+    Attributes:
+        family: its name.
+        layers: the engine's layers, in the model's order.
+        patches: how to take them out.
+        expert_bytes: bytes of all expert weights.
+    """
+
+    family: str
+    layers: tuple[MoELayer, ...]
+    patches: Patches
+    expert_bytes: int
