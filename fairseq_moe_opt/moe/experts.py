@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch.nn import functional
 from fairseq_moe_opt.errors import OptionError
 from fairseq_moe_opt.moe.types import ACTIVATIONS, ExpertWave, ExpertWeights, PackedExperts
 
-_ACTIVATE: dict[str, Callable[[Tensor], Tensor]] = {
+_ACTIVATE: Mapping[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
     "gelu": functional.gelu,
     "silu": functional.silu,
