@@ -1,0 +1,329 @@
+"""The demo: real sentences into three languages with the checkpoint of this folder, scored, timed and reported.
+
+    python examples/demo/run.py [--sentences N] [--num-beams N] [--batch-size N] [--rounds N]
+
+1. translates the sentences of ``demo.tsv.gz`` and shows a few, with what the installed Transformers makes of them alone;
+2. scores each language with chrF and BLEU (sacrebleu's defaults);
+3. compares static with dynamic gating: first their tokens, which have to be equal, then their speed, taking turns;
+4. prints the report that the runtime keeps, and writes it with all translations into ``--output``.
+
+Exits with 1 when static and dynamic gating disagree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gzip
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in this folder
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import sacrebleu
+import torch
+import transformers
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import Tensor
+
+from fairseq_moe_opt.errors import MoEError
+from fairseq_moe_opt.moe.report import Report
+from hf_integration import from_pretrained
+from hf_integration.optimize import write_report
+from hf_integration.translate import load_tokenizer, pad_rows, quiet_host, translate_lines
+
+HERE = Path(__file__).resolve().parent
+SOURCE = "eng_Latn"
+TARGETS = ("fra_Latn", "deu_Latn", "spa_Latn")
+SHOWN = 3
+TIMED_SENTENCES = 64
+TIMED_TOKENS = 24
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A sentence, its human translation, and the free-software project it comes from."""
+
+    english: str
+    reference: str
+    origin: str
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is timed: (B, T) ids and mask of real sentences, and the language token to begin with."""
+
+    ids: Tensor
+    mask: Tensor
+    forced: int
+
+
+def main() -> int:
+    """Run the demo; returns the exit code."""
+    arguments = parse_arguments()
+    console = Console() if sys.stdout.isatty() else Console(width=110)
+    quiet_host()
+    try:
+        pairs = read_pairs(arguments.data, arguments.sentences)
+        tokenizer = load_tokenizer(arguments.model)
+        model = from_pretrained(arguments.model, dtype="float32")
+    except MoEError as error:
+        console.print(f"demo: {error}", highlight=False, markup=False)
+        return 2
+    describe(console, model, pairs, arguments)
+    hypotheses = translate_all(console, model, tokenizer, pairs, arguments)
+    report = model.moe.report()
+    stock = translate_with_transformers_alone(model, tokenizer, pairs)
+    show_examples(console, pairs, hypotheses, stock)
+    show_scores(console, pairs, hypotheses)
+    agree = compare_gatings(console, arguments, tokenizer, pairs)
+    show_report(console, report, f"the last language, {TARGETS[-1]}")
+    save(console, arguments.output, hypotheses, report)
+    return 0 if agree else 1
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Translate, score and time the demo checkpoint.")
+    parser.add_argument("--sentences", type=positive, default=300, help="sentences a language (default: all 300)")
+    parser.add_argument("--num-beams", type=positive, default=4, help="beams (default: 4)")
+    parser.add_argument("--batch-size", type=positive, default=32, help="sentences computed together (default: 32)")
+    parser.add_argument("--rounds", type=positive, default=5, help="timed turns of each gating (default: 5)")
+    parser.add_argument("--model", type=Path, default=HERE / "model", help="folder of the checkpoint")
+    parser.add_argument(
+        "--data", type=Path, default=HERE / "demo.tsv.gz", help="language, English, translation, origin"
+    )
+    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for translations and report")
+    return parser.parse_args()
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return number
+
+
+def read_pairs(path: Path, count: int) -> dict[str, list[Pair]]:
+    """The first ``count`` pairs of each target language."""
+    pairs: dict[str, list[Pair]] = {target: [] for target in TARGETS}
+    with gzip.open(path, "rt", encoding="utf-8", newline="") as stream:
+        for target, *rest in csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE):
+            if target in pairs and len(pairs[target]) < count:
+                pairs[target].append(Pair(*rest))
+    return pairs
+
+
+def describe(console: Console, model: Any, pairs: dict[str, list[Pair]], arguments: argparse.Namespace) -> None:
+    """Say what runs on what."""
+    report = model.moe.report()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    origins = sorted({pair.origin for found in pairs.values() for pair in found})
+    console.print(
+        f"{report.family}, {parameters / 1e6:.1f} million parameters, {len(report.layers)} Mixture-of-Experts layers of "
+        f"{model.config.num_experts} experts, float32 on {torch.get_num_threads()} CPU threads"
+    )
+    console.print(
+        f"{sum(map(len, pairs.values()))} translations of {len(pairs[TARGETS[0]])} sentences ({', '.join(origins)}), "
+        f"beam {arguments.num_beams}, batch {arguments.batch_size}\n"
+    )
+
+
+def translate_all(
+    console: Console, model: Any, tokenizer: Any, pairs: dict[str, list[Pair]], arguments: argparse.Namespace
+) -> dict[str, list[str]]:
+    """The translations of every language, with a progress bar on a terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    hypotheses: dict[str, list[str]] = {}
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        for target, found in pairs.items():
+            task = progress.add_task(f"English to {target}", total=len(found))
+            start = time.perf_counter()
+            lines = translate_lines(
+                model,
+                tokenizer,
+                [pair.english for pair in found],
+                SOURCE,
+                target,
+                batch_size=arguments.batch_size,
+                generation={"num_beams": arguments.num_beams},
+                on_progress=lambda done, task=task: progress.advance(task, done),
+            )
+            hypotheses[target] = list(lines)
+            seconds = time.perf_counter() - start
+            rate = len(found) / seconds
+            console.print(f"{target}: {len(found)} sentences in {seconds:.1f} s ({rate:.1f} a second)", highlight=False)
+    console.print()
+    return hypotheses
+
+
+def translate_with_transformers_alone(model: Any, tokenizer: Any, pairs: dict[str, list[Pair]]) -> dict[str, list[str]]:
+    """The first few sentences by the host's own layers, which releases 5.0 to 5.23 compute wrongly."""
+    model.moe.undo()
+    return {
+        target: list(
+            translate_lines(
+                model,
+                tokenizer,
+                [pair.english for pair in found[:SHOWN]],
+                SOURCE,
+                target,
+                generation={"num_beams": 1, "max_new_tokens": 64},
+            )
+        )
+        for target, found in pairs.items()
+    }
+
+
+def show_examples(
+    console: Console, pairs: dict[str, list[Pair]], hypotheses: dict[str, list[str]], stock: dict[str, list[str]]
+) -> None:
+    """A few rows of each language."""
+    alone = f"Transformers {transformers.__version__} alone"
+    for target, found in pairs.items():
+        table = Table(box=box.SIMPLE, show_header=False, title=f"English to {target}", title_justify="left")
+        table.add_column(no_wrap=True, style="dim")
+        table.add_column(overflow="fold")
+        for pair, hypothesis, theirs in zip(found, hypotheses[target], stock[target], strict=False):
+            table.add_row("source", pair.english)
+            table.add_row("reference", pair.reference)
+            table.add_row("this project", hypothesis, style="bold")
+            table.add_row(alone, theirs, end_section=True)
+        console.print(table, markup=False)
+
+
+def show_scores(console: Console, pairs: dict[str, list[Pair]], hypotheses: dict[str, list[str]]) -> None:
+    """chrF and BLEU of each language."""
+    table = Table(box=box.SIMPLE, title="scores", title_justify="left")
+    for name in ("language", "sentences", "chrF", "BLEU"):
+        table.add_column(name, justify="left" if name == "language" else "right")
+    for target, found in pairs.items():
+        references = [[pair.reference for pair in found]]
+        chrf = sacrebleu.corpus_chrf(hypotheses[target], references).score
+        bleu = sacrebleu.corpus_bleu(hypotheses[target], references).score
+        table.add_row(target, str(len(found)), f"{chrf:.1f}", f"{bleu:.1f}")
+    console.print(table)
+
+
+def compare_gatings(
+    console: Console, arguments: argparse.Namespace, tokenizer: Any, pairs: dict[str, list[Pair]]
+) -> bool:
+    """Static against dynamic gating: whether their tokens are equal, and tokens a second of both in turns."""
+    models = {
+        gating: from_pretrained(arguments.model, dtype="float32", gating=gating) for gating in ("static", "dynamic")
+    }
+    work = timed_work(tokenizer, [pair.english for pair in pairs[TARGETS[0]]])
+    tokens = {gating: decode(model, work) for gating, model in models.items()}
+    agree = torch.equal(tokens["static"], tokens["dynamic"])
+    if not agree:
+        rows = (tokens["static"] != tokens["dynamic"]).any(dim=1).nonzero().flatten().tolist()
+        console.print(f"static and dynamic gating DISAGREE in sentences {rows}", style="bold red")
+    steps: dict[str, tuple[Callable[[Any, Work], Any], int]] = {
+        "encoding": (encode, int(work.mask.sum())),
+        "decoding": (decode, work.ids.shape[0] * TIMED_TOKENS),
+    }
+    title = f"tokens a second, {work.ids.shape[0]} sentences together, median of {arguments.rounds} turns each"
+    table = Table(box=box.SIMPLE, title=title, title_justify="left")
+    for name in ("", "static", "dynamic", "dynamic is"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for name, (step, count) in steps.items():
+        seconds = take_turns(
+            {gating: lambda m=model, s=step: s(m, work) for gating, model in models.items()}, arguments.rounds
+        )
+        ratio = seconds["static"] / seconds["dynamic"]
+        rates = [f"{count / seconds[gating]:,.0f}" for gating in ("static", "dynamic")]
+        table.add_row(f"{name} ({count} tokens)", *rates, f"{ratio:.2f} times as fast")
+    console.print(table)
+    if agree:
+        console.print("static and dynamic gating gave the same tokens\n")
+    return agree
+
+
+def timed_work(tokenizer: Any, sentences: Sequence[str]) -> Work:
+    """The first sentences as one batch."""
+    encoded = tokenizer._build_translation_inputs(
+        list(sentences[:TIMED_SENTENCES]), return_tensors=None, src_lang=SOURCE, tgt_lang=TARGETS[0]
+    )
+    ids, mask = pad_rows(encoded["input_ids"], tokenizer.pad_token_id)
+    return Work(ids, mask, encoded["forced_bos_token_id"])
+
+
+@torch.inference_mode()
+def encode(model: Any, work: Work) -> Tensor:
+    """(B, T, D) of the encoder."""
+    hidden: Tensor = model.get_encoder()(input_ids=work.ids, attention_mask=work.mask).last_hidden_state
+    return hidden
+
+
+def decode(model: Any, work: Work) -> Tensor:
+    """(B, ``TIMED_TOKENS`` + 1) greedy tokens: the same number for every sentence, so that both do the same work."""
+    tokens: Tensor = model.generate(
+        input_ids=work.ids,
+        attention_mask=work.mask,
+        forced_bos_token_id=work.forced,
+        num_beams=1,
+        min_new_tokens=TIMED_TOKENS,
+        max_new_tokens=TIMED_TOKENS,
+    )
+    return tokens
+
+
+def take_turns(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """The median seconds of each of ``runs``, which take turns, so that a busy moment of the machine hits all."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        run()
+    for _ in range(rounds):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def show_report(console: Console, report: Report, of_what: str) -> None:
+    """What the runtime counted."""
+    table = Table(box=box.SIMPLE, title=f"the runtime's report of {of_what}", title_justify="left")
+    for name in ("layer", "calls", "tokens", "expert rows", "active experts a call", "busiest expert", "kernel"):
+        table.add_column(name, justify="left" if name in ("layer", "kernel") else "right")
+    for layer in report.layers:
+        busiest = max(layer.expert_rows) / max(sum(layer.expert_rows), 1)
+        table.add_row(
+            layer.name.removeprefix("model."),
+            f"{layer.calls:,}",
+            f"{layer.tokens:,}",
+            f"{layer.computed_rows:,}",
+            f"{layer.active_experts:.1f} of {len(layer.expert_rows)}",
+            f"{busiest:.0%} of rows",
+            ", ".join(layer.kernels),
+        )
+    console.print(table)
+    mib = 1 << 20
+    console.print(
+        f"{report.seconds:.1f} s; experts {report.expert_bytes / mib:.1f} MiB; "
+        f"peak memory {report.peak_memory_bytes / mib:.0f} MiB ({report.peak_memory_kind})"
+    )
+
+
+def save(console: Console, folder: Path, hypotheses: dict[str, list[str]], report: Report) -> None:
+    """All translations, a file a language, and the report as JSON."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for target, lines in hypotheses.items():
+        (folder / f"{target}.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    write_report(report, folder / "report.json")
+    console.print(f"translations and report.json are in {folder}/", highlight=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
