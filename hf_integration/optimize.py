@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import functools
-import json
-import os
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +11,7 @@ from torch import nn
 from transformers import GenerationMixin
 
 from fairseq_moe_opt.errors import OptionError
-from fairseq_moe_opt.moe.report import Report, peak_memory, tokens_by_phase
+from fairseq_moe_opt.moe.report import Report, peak_memory, tokens_by_phase, write_report
 from fairseq_moe_opt.options import MoEOptions
 from hf_integration.families import family_of
 from hf_integration.patching import Installed
@@ -108,11 +105,3 @@ def optimize(model: nn.Module, **options: Any) -> Handle:
         installed.patches.set_attribute(model, "generate", _Generate(model, handle))
     installed.patches.set_attribute(model, "moe", handle)
     return handle
-
-
-def write_report(report: Report, path: str | os.PathLike[str]) -> None:
-    """Write ``report`` as JSON, to a temporary name first, so that a reader never sees half of it."""
-    target = Path(path)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
-    partial.replace(target)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import resource
 import sys
 import threading
@@ -10,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager as Context
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -188,3 +191,11 @@ def peak_memory(device: torch.device) -> tuple[int, str]:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # Linux counts in KiB, macOS in bytes.
     return peak * (1 if sys.platform == "darwin" else 1024), "process resident"
+
+
+def write_report(report: Report, path: str | os.PathLike[str]) -> None:
+    """Write ``report`` as JSON, to a temporary name first, so that a reader never sees half of it."""
+    target = Path(path)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+    partial.replace(target)

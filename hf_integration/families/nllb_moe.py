@@ -21,8 +21,8 @@ from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeSparseMLP, Nll
 
 from fairseq_moe_opt.build import LayerSpec, build_layer, needs_packed_experts
 from fairseq_moe_opt.moe import CapacityRule, GShardTop2Router, MoELayer
+from fairseq_moe_opt.moe.module_experts import ModuleExperts, PackedModuleExperts
 from fairseq_moe_opt.options import MoEOptions
-from hf_integration.experts import ModuleExperts, PackedModuleExperts
 from hf_integration.patching import Installed, Patches
 
 NAME = "nllb-moe"

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fairseq_moe_opt.errors import NoMoELayerError
-from fairseq_moe_opt.moe import ExpertWeights, PackedExperts
-from fairseq_moe_opt.moe.types import ExpertWave
+from fairseq_moe_opt.moe.types import ExpertWave, ExpertWeights, PackedExperts
 
 _MADV_PAGEOUT = 21
 """From Linux 5.4 on; Python's mmap module does not name it."""
