@@ -13,8 +13,10 @@ HERE = Path(__file__).parent
 PACKAGES = [
     "fairseq_moe_opt",
     "fairseq_moe_opt.checkpoints",
+    "fairseq_moe_opt.models",
     "fairseq_moe_opt.moe",
     "fairseq_moe_opt.moe.kernels",
+    "fairseq_moe_opt.tasks",
     "hf_integration",
     "hf_integration.families",
 ]

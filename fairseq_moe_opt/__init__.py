@@ -32,6 +32,8 @@ _HOME_OF: Mapping[str, str] = {
     "OptionError": "fairseq_moe_opt.errors",
 }
 
+_FAIRSEQ_PLUGIN = ("fairseq_moe_opt.models.plugin", "fairseq_moe_opt.tasks.multilingual")
+
 __all__ = [
     "CheckpointError",
     "InputError",
@@ -41,7 +43,24 @@ __all__ = [
     "NoMoELayerError",
     "OptionError",
     "__version__",
+    "register_fairseq",
 ]
+
+
+def register_fairseq() -> None:
+    """Teach the fairseq in this process Mixture-of-Experts: models, tasks, checkpoints, flags.
+
+    A second call changes nothing. fairseq's ``--user-dir`` does the same by importing the same files. Raises MoEError
+    when fairseq is not installed.
+    """
+    try:
+        for module in _FAIRSEQ_PLUGIN:
+            importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] != "fairseq":
+            raise
+        errors = importlib.import_module("fairseq_moe_opt.errors")
+        raise errors.MoEError("fairseq is not installed: see README.md on how to install fairseq-fixed") from error
 
 
 def __getattr__(name: str) -> object:

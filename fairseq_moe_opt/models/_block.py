@@ -1,0 +1,160 @@
+"""The sparse layer as a module: fairseq's names in the state dict, the engine in the forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fairseq_moe_opt.build import LayerSpec, build_layer, needs_packed_experts
+from fairseq_moe_opt.models._losses import note_cmr_gate, note_gate_loss, wants_gate_losses
+from fairseq_moe_opt.moe import CapacityRule, GShardTop2Router, MoELayer, SoftmaxTopKRouter, Top1Router
+from fairseq_moe_opt.moe.module_experts import ModuleExperts, PackedModuleExperts
+from fairseq_moe_opt.moe.protocols import RoutingObserver
+from fairseq_moe_opt.options import MoEOptions
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """What a module of one sparse layer is made from.
+
+    Attributes:
+        layer: the engine's description.
+        width: D.
+        ffn_width: F.
+        capacity_length: where the capacity's fraction is of ``capacity_length`` times the batch instead of all rows.
+    """
+
+    layer: LayerSpec
+    width: int
+    ffn_width: int
+    capacity_length: int | None = None
+
+
+class Gate(nn.Module):
+    """Tokens (T, D) to logits (T, E); its weight is ``gate.wg.weight`` (E, D)."""
+
+    def __init__(self, width: int, num_experts: int) -> None:
+        super().__init__()
+        self.wg = nn.Linear(width, num_experts, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits in the tokens' dtype."""
+        return cast(Tensor, self.wg(tokens))
+
+
+class Expert(nn.Module):
+    """The parameters of one expert; the engine computes with them."""
+
+    def __init__(self, width: int, ffn_width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, ffn_width)
+        self.fc2 = nn.Linear(ffn_width, width)
+
+
+class MoEBlock(nn.Module):
+    """``moe_layer`` of a transformer layer: (T, B, D) in and out, rows routed in the order ``b * T + t``.
+
+    The engine's layer is made at the first forward, when device and dtype are known, and again when they change in a
+    way that matters to it.
+    """
+
+    def __init__(self, spec: BlockSpec, options: MoEOptions) -> None:
+        super().__init__()
+        self.spec, self.options = spec, options
+        num_experts = spec.layer.router.num_experts
+        self.gate = Gate(spec.width, num_experts)
+        self.experts = nn.ModuleList(Expert(spec.width, spec.ffn_width) for _ in range(num_experts))
+        self._observers: tuple[RoutingObserver, ...] = ()
+        self._engine: MoELayer | None = None
+        self._store: ModuleExperts | None = None
+
+    @property
+    def engine(self) -> MoELayer:
+        """The engine's layer for the device, dtype and mode the module is in now."""
+        weight = self.gate.wg.weight
+        # Packing makes parameters views of one tensor, which an optimizer must never see.
+        packed = not self.training and needs_packed_experts(self.options, weight.device, weight.dtype)
+        if self._engine is None or packed != isinstance(self._store, PackedModuleExperts):
+            self._engine = self._build(packed)
+        return self._engine
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of all experts."""
+        return sum(parameter.numel() * parameter.element_size() for parameter in self.experts.parameters())
+
+    def observe(self, observer: RoutingObserver) -> None:
+        """Tell ``observer`` of every routing from now on."""
+        self._observers = (*self._observers, observer)
+        self._engine = None
+
+    def forward(self, hidden: Tensor, padding: Tensor | None = None) -> Tensor:
+        """(T, B, D) through the experts; rows with True in ``padding`` (B, T) go nowhere and give 0."""
+        length, batch, width = hidden.shape
+        tokens = hidden.transpose(0, 1).reshape(batch * length, width)
+        rows = None if padding is None else padding[:, -length:].reshape(batch * length)
+        engine = self.engine
+        self._fit_capacity(engine, batch)
+        result = engine(tokens, rows, training=self.training, with_aux_loss=wants_gate_losses())
+        note_gate_loss(result.routing.aux_loss)
+        return result.output.view(batch, length, width).transpose(0, 1)
+
+    def _fit_capacity(self, engine: MoELayer, batch: int) -> None:
+        """Where the capacity depends on the batch's size, tell the router what it is."""
+        length, router = self.spec.capacity_length, self.spec.layer.router
+        if length is None or self.options.capacity == "none" or isinstance(router, SoftmaxTopKRouter):
+            return
+        if router.capacity is not None:
+            engine.router = _with_capacity(router, replace(router.capacity, eval_length=length * batch))
+
+    def _build(self, packed: bool) -> MoELayer:
+        if isinstance(self._store, PackedModuleExperts):
+            self._store.unpack()
+        experts = [cast(Expert, expert) for expert in self.experts]
+        pairs = [(expert.fc1, expert.fc2) for expert in experts]
+        self._store = PackedModuleExperts(pairs) if packed else ModuleExperts(pairs)
+        return build_layer(self.spec.layer, self.options, self.gate, self._store, self._observers)
+
+
+def _with_capacity(router: GShardTop2Router | Top1Router, capacity: CapacityRule) -> GShardTop2Router | Top1Router:
+    return replace(router, capacity=capacity)
+
+
+class CMRGate(nn.Module):
+    """How much of each token goes through the experts; its weight is ``cmr_layer.gate.wg`` (1, D), with bias."""
+
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.wg = nn.Linear(width, 1)
+        self.dropout = dropout
+
+    def forward(self, hidden: Tensor, padding: Tensor | None) -> Tensor:
+        """(T, B, D) to (T, B, 1) in 0 ... 1; 0 where ``padding`` (B, T) is True."""
+        share = functional.dropout(torch.sigmoid(self.wg(hidden)), self.dropout, self.training)
+        if padding is not None:
+            share = share.masked_fill(padding[:, -hidden.shape[0] :].t().unsqueeze(-1), 0.0)
+        return share
+
+
+class CMRLayer(nn.Module):
+    """Conditional MoE routing: ``(1 - g) * dense(x) + g * experts(x)``.
+
+    The block is a part of this module and of the transformer layer, so its keys are in the state dict twice, as in
+    the branches' checkpoints.
+    """
+
+    def __init__(self, moe_layer: MoEBlock, dropout: float) -> None:
+        super().__init__()
+        self.moe_layer = moe_layer
+        self.gate = CMRGate(moe_layer.spec.width, dropout)
+
+    def forward(self, hidden: Tensor, dense: Callable[[Tensor], Tensor], padding: Tensor | None) -> Tensor:
+        """(T, B, D) in and out; ``dense`` is the layer's own feed-forward network."""
+        share = self.gate(hidden, padding)
+        note_cmr_gate(share, padding)
+        return cast(Tensor, (1 - share) * dense(hidden) + share * self.moe_layer(hidden, padding))

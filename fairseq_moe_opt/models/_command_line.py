@@ -1,0 +1,117 @@
+"""The runtime's flags on all of fairseq's command lines.
+
+``fairseq-*`` call ``options.parse_args_and_arch`` by attribute after ``--user-dir`` was imported, so wrapping that
+function reaches them all. On commands that load a checkpoint, what the flags say goes into ``--model-overrides``, which
+fairseq carries to wherever the model is built, other processes included.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import logging
+import sys
+from argparse import SUPPRESS, ArgumentParser, Namespace
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+from fairseq import options
+
+from fairseq_moe_opt.errors import MoEError, OptionError
+from fairseq_moe_opt.models._arguments import (
+    CAPACITY_ARGUMENTS,
+    RUNTIME_ARGUMENTS,
+    argument_choices,
+    options_from,
+)
+from fairseq_moe_opt.options import field_help
+
+_logger = logging.getLogger(__name__)
+
+
+def patch_command_lines() -> None:
+    """Wrap fairseq's parsing function; a second call changes nothing."""
+    stock = options.parse_args_and_arch
+    if not hasattr(stock, "__wrapped__"):
+        options.parse_args_and_arch = functools.wraps(stock)(_wrap(stock))
+
+
+def _wrap(stock: Callable[..., Any]) -> Callable[..., Any]:
+    def parse_args_and_arch(parser: ArgumentParser, *args: Any, **kwargs: Any) -> Any:
+        """fairseq's function on a parser that has the runtime's flags too."""
+        loads = "--model-overrides" in parser._option_string_actions
+        _add_flags(parser, loads)
+        _show_errors_in_one_line()
+        result = stock(parser, *args, **kwargs)
+        parsed = result[0] if isinstance(result, tuple) else result
+        try:
+            _check(parsed)
+            if loads:
+                _settle(parsed)
+        except OptionError as error:
+            parser.error(str(error))
+        return result
+
+    return parse_args_and_arch
+
+
+def _add_flags(parser: ArgumentParser, loads: bool) -> None:
+    """The flags; those that only make sense for a checkpoint's evaluation where ``loads``."""
+    if "--moe-gating" in parser._option_string_actions:
+        return
+    if parser.get_default("task") is None:
+        # fairseq-validate has no default and fails on None; the task itself comes from the checkpoint.
+        parser.set_defaults(task="translation")
+    group = parser.add_argument_group("Mixture-of-Experts runtime")
+    for argument, option in RUNTIME_ARGUMENTS.items():
+        flag, text = "--" + argument.replace("_", "-"), field_help()[option].replace("%", "%%")
+        if option == "profile":
+            group.add_argument(flag, action="store_true", default=None, help=text)
+        else:
+            group.add_argument(flag, choices=argument_choices(argument), default=None, help=text)
+    if loads:
+        group.add_argument("--moe-eval-capacity-token-fraction", type=float, default=None, help=SUPPRESS)
+        group.add_argument("--replication-count", type=int, default=None, help="copies of each expert in rank files")
+        group.add_argument("--is-moe", action="store_true", help="accepted for the branches' command lines")
+        group.add_argument("--moe-generation", action="store_true", help="accepted for the branches' command lines")
+
+
+def _check(args: Namespace) -> None:
+    """OptionError for flags that contradict each other."""
+    given = {option: getattr(args, argument, None) for argument, option in RUNTIME_ARGUMENTS.items()}
+    options_from({option: value for option, value in given.items() if value is not None})
+
+
+def _settle(args: Namespace) -> None:
+    """Move the flags into the overrides, and make a command line of several processes one of this process."""
+    names = (*RUNTIME_ARGUMENTS, *CAPACITY_ARGUMENTS, "replication_count")
+    given = {name: vars(args).pop(name) for name in names if name in vars(args)}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given:
+        overrides = ast.literal_eval(getattr(args, "model_overrides", None) or "{}")
+        args.model_overrides = repr({**overrides, **given})
+    if not getattr(args, "is_moe", False):
+        return
+    if getattr(args, "distributed_world_size", 1) > 1:
+        _logger.info("one process does the work of %d: experts of all rank files are here", args.distributed_world_size)
+        args.distributed_world_size, args.distributed_port = 1, -1
+    if hasattr(args, "pad_to_fixed_length") and hasattr(args, "context_window"):
+        # The branches' eval_lm does so; under a capacity that binds it decides what is dropped.
+        args.pad_to_fixed_length = True
+
+
+def _show_errors_in_one_line() -> None:
+    """On a command line, an error of this project is one line on stderr, not a traceback."""
+    before = sys.excepthook
+    if getattr(before, "for_moe_errors", False):
+        return
+
+    def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        if isinstance(error, MoEError):
+            sys.stderr.write(f"{sys.argv[0].rsplit('/', 1)[-1]}: error: {error}\n")
+        else:
+            before(kind, error, traceback)
+
+    hook.for_moe_errors = True  # type: ignore[attr-defined]
+    sys.excepthook = hook

@@ -1,0 +1,165 @@
+"""fairseq's checkpoint loader, taught the branches' files and the runtime's options.
+
+``x.pt`` that does not exist but has ``x-shared.pt`` and ``x-rank-N.pt`` is that checkpoint, whatever number of
+processes wrote it. Its files are read by byte range and unpickled by an unpickler that builds plain data only.
+"""
+
+from __future__ import annotations
+
+import functools
+import pickle
+import re
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from fairseq import checkpoint_utils
+from fairseq.dataclass.utils import overwrite_args_by_name
+from omegaconf import OmegaConf, open_dict
+from torch import Tensor
+
+from fairseq_moe_opt.checkpoints import fairseq as reader
+from fairseq_moe_opt.checkpoints.records import read_tensor
+from fairseq_moe_opt.checkpoints.restricted import Inert, InertConfig, InertNamespace, TensorSlot, plain
+from fairseq_moe_opt.checkpoints.torch_zip import TorchZip, open_torch_zip, tensor_records
+from fairseq_moe_opt.errors import CheckpointError, NoMoELayerError, OptionError
+from fairseq_moe_opt.models._arguments import (
+    CAPACITY_ARGUMENTS,
+    IMPLIED_BY,
+    RUNTIME_ARGUMENTS,
+    MoEArguments,
+    options_from,
+    read_arguments,
+)
+
+_PART = re.compile(r".+-(?:shared|rank-\d+)\.pt")
+_ELSEWHERE = re.compile(r"moe_(?:gate_loss_.*|cmr_xgpu|generation)")
+"""Arguments of the branches that are not the model's: accepted among overrides, without effect on inference."""
+
+
+def patch_loading() -> None:
+    """Wrap fairseq's two functions; a second call changes nothing."""
+    for name, wrap in (("load_checkpoint_to_cpu", _wrap_load), ("get_maybe_sharded_checkpoint_filename", _wrap_name)):
+        stock = getattr(checkpoint_utils, name)
+        if not hasattr(stock, "__wrapped__"):
+            setattr(checkpoint_utils, name, functools.wraps(stock)(wrap(stock)))
+
+
+def _wrap_name(stock: Callable[..., str]) -> Callable[..., str]:
+    def find(filename: str, suffix: str, shard_idx: int, num_shards: int) -> str:
+        """The file to load; the shared one of a checkpoint that was written by several processes."""
+        found = stock(filename, suffix, shard_idx, num_shards)
+        path = Path(found)
+        if path.suffix != ".pt" or path.exists() or not reader.supports_path(path):
+            return found
+        return str(reader.weight_files(path)[0])
+
+    return find
+
+
+def _wrap_load(stock: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    def load(path: str, arg_overrides: Mapping[str, Any] | None = None, load_on_all_ranks: bool = False) -> Any:
+        """The checkpoint as fairseq's dictionary, the options for its sparse layers in its configuration."""
+        if _PART.fullmatch(Path(path).name) and Path(path).is_file():
+            state = _load_parts(Path(path), arg_overrides)
+        else:
+            state = _load_single(stock, path, arg_overrides, load_on_all_ranks)
+        model = _model_section(state)
+        if model is not None:
+            apply_overrides(model, arg_overrides or {}, path)
+        return state
+
+    return load
+
+
+def _load_single(
+    stock: Callable[..., dict[str, Any]], path: str, overrides: Mapping[str, Any] | None, on_all_ranks: bool
+) -> dict[str, Any]:
+    """fairseq's own way, with one clear line for a file that is damaged or holds a foreign class."""
+    try:
+        return stock(path, overrides, on_all_ranks)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
+            raise
+        open_torch_zip(Path(path))
+        raise CheckpointError(path, f"cannot be read: {str(error).splitlines()[0]}") from error
+
+
+def _load_parts(path: Path, overrides: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A checkpoint of shared and rank files as what one ordinary file of it would hold, without optimizer state."""
+    copies = (overrides or {}).get("replication_count")
+    index = reader.read_index(path, None if copies is None else int(copies))
+    archive = open_torch_zip(reader.weight_files(path)[0])
+    left_out = ("model", "last_optimizer_state")
+    state = {key: _as_saved(archive, value) for key, value in archive.content.items() if key not in left_out}
+    state["model"] = {name: read_tensor(record) for name, record in index.items()}
+    if state.get("args") is not None:
+        for name, value in (overrides or {}).items():
+            setattr(state["args"], name, value)
+    if state.get("cfg") is not None:
+        state["cfg"] = OmegaConf.create(state["cfg"], flags={"allow_objects": True})
+        overwrite_args_by_name(state["cfg"], dict(overrides or {}))
+    upgraded: dict[str, Any] = checkpoint_utils._upgrade_state_dict(state)
+    return upgraded
+
+
+def _as_saved(archive: TorchZip, value: Any) -> Any:
+    """Unpickled stand-ins as the objects fairseq expects: Namespaces, plain configuration, tensors."""
+    if isinstance(value, InertNamespace):
+        return Namespace(**{key: _as_saved(archive, item) for key, item in (value.state or {}).items()})
+    if isinstance(value, InertConfig):
+        return plain(value)
+    if isinstance(value, TensorSlot):
+        return _read_slot(archive, value)
+    if isinstance(value, Inert):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _as_saved(archive, item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_as_saved(archive, item) for item in value)
+    return value
+
+
+def _read_slot(archive: TorchZip, slot: TensorSlot) -> Tensor:
+    return read_tensor(tensor_records(archive, {"value": slot})["value"])
+
+
+def _model_section(state: Mapping[str, Any]) -> Any:
+    """The model's configuration, wherever this checkpoint's age put it; None in files of other makers."""
+    cfg = state.get("cfg")
+    return state.get("args") if cfg is None else cfg.get("model")
+
+
+def apply_overrides(model: Any, overrides: Mapping[str, Any], path: str) -> None:
+    """Write the overrides of Mixture-of-Experts arguments into a model's configuration, which may lack their keys.
+
+    The runtime's options come from the overrides alone: what a training run used is forgotten. Raises OptionError for
+    a name or value that does not exist, NoMoELayerError for runtime options of a model without sparse layers.
+    """
+    asked = {name: value for name, value in overrides.items() if name in RUNTIME_ARGUMENTS and value is not None}
+    if not read_arguments(model).any_sparse:
+        if asked:
+            raise NoMoELayerError(f"{path}: {', '.join(asked)} given, but the model has no Mixture-of-Experts layer")
+        return
+    options_from({RUNTIME_ARGUMENTS[name]: value for name, value in asked.items()})
+    known = {item.name for item in fields(MoEArguments) if item.name != "_name"}
+    _require_known(overrides, known, model)
+    implied_by = next((name for name in CAPACITY_ARGUMENTS if name in overrides), None)
+    if "moe_capacity" not in asked and implied_by is not None:
+        asked |= {"moe_capacity": "checkpoint", IMPLIED_BY: implied_by}
+    values: dict[str, Any] = dict.fromkeys((*RUNTIME_ARGUMENTS, IMPLIED_BY))
+    values |= asked | {name: value for name, value in overrides.items() if name in known}
+    with open_dict(model) if OmegaConf.is_config(model) else nullcontext():
+        for name, value in values.items():
+            setattr(model, name, value)
+
+
+def _require_known(overrides: Mapping[str, Any], known: set[str], model: Any) -> None:
+    for name in overrides:
+        if name.startswith("moe_") and name not in known | set(RUNTIME_ARGUMENTS) and not _ELSEWHERE.fullmatch(name):
+            have = ", ".join(sorted((*known, *RUNTIME_ARGUMENTS)))
+            if not hasattr(model, name):
+                raise OptionError(name, f"no such Mixture-of-Experts argument; there are {have}")

@@ -1,0 +1,84 @@
+"""What the sparse layers of a fairseq model did."""
+
+from __future__ import annotations
+
+import atexit
+import time
+import weakref
+from typing import Any
+
+from torch import nn
+
+from fairseq_moe_opt.models._arguments import IMPLIED_BY
+from fairseq_moe_opt.models._block import MoEBlock
+from fairseq_moe_opt.moe.report import Report, peak_memory, tokens_by_phase, write_report
+from fairseq_moe_opt.options import MoEOptions
+
+FAMILY = "fairseq-transformer"
+
+
+class ModelHandle:
+    """``model.moe``: the options a model runs with, its sparse blocks, and reports of what they did."""
+
+    def __init__(self, model: nn.Module, options: MoEOptions, implied_by: str | None = None) -> None:
+        self.options = options
+        self._implied_by = implied_by
+        self._model = weakref.ref(model)
+        self._start = time.perf_counter()
+
+    @property
+    def blocks(self) -> tuple[MoEBlock, ...]:
+        """The sparse blocks in the model's order."""
+        model = self._model()
+        modules: Any = () if model is None else model.modules()
+        return tuple(module for module in modules if isinstance(module, MoEBlock))
+
+    def report(self) -> Report:
+        """What the layers did since the model was built or the counters were last reset."""
+        blocks = self.blocks
+        layers = tuple(block.engine.counters.snapshot() for block in blocks)
+        peak, kind = peak_memory(blocks[0].gate.wg.weight.device)
+        options = self.options.to_dict()
+        if self._implied_by is not None:
+            options[IMPLIED_BY.removeprefix("moe_")] = self._implied_by
+        return Report(
+            family=FAMILY,
+            options=options,
+            layers=layers,
+            tokens=tokens_by_phase(layers),
+            expert_bytes=sum(block.expert_bytes for block in blocks),
+            peak_memory_bytes=peak,
+            peak_memory_kind=kind,
+            seconds=time.perf_counter() - self._start,
+        )
+
+    def reset(self) -> None:
+        """Set all counters to zero."""
+        self._start = time.perf_counter()
+        for block in self.blocks:
+            block.engine.counters.reset()
+
+    def write_at_exit(self) -> None:
+        """Write the report where the options ask for it when the process ends: a command line is one process."""
+        if self.options.report is not None:
+            atexit.register(self._write, str(self.options.report), self._model())
+
+    def _write(self, path: str, _model: nn.Module | None) -> None:
+        # The second argument keeps the model alive until then.
+        if self.blocks:
+            write_report(self.report(), path)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> None:
+        return None
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        # A copied or pickled model has no handle of its own: this one looks after its own model only.
+        return type(None), ()
+
+
+def attach(model: Any, options: MoEOptions, implied_by: str | None) -> Any:
+    """Give a freshly built ``model`` its handle and return it."""
+    handle = ModelHandle(model, options, implied_by)
+    model.__dict__["moe"] = handle
+    handle.write_at_exit()
+    return model

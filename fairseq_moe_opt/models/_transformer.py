@@ -1,0 +1,130 @@
+"""Encoder-decoder and decoder-only transformers whose every k-th layer is sparse.
+
+Checkpoints of the branches call themselves ``transformer`` and ``transformer_lm...``, so these classes stand in for
+fairseq's own under those names. A configuration without sparse layers is handed to fairseq's own class untouched.
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from typing import Any
+
+from fairseq.dataclass.utils import gen_parser_from_dataclass
+from fairseq.models.transformer import TransformerConfig, TransformerDecoderBase, TransformerEncoderBase
+from fairseq.models.transformer.transformer_legacy import TransformerModel
+from fairseq.models.transformer_lm import TransformerLanguageModel
+from torch import nn
+
+from fairseq_moe_opt.errors import OptionError
+from fairseq_moe_opt.models._arguments import IMPLIED_BY, MoEArguments
+from fairseq_moe_opt.models._plan import SparsePlan
+from fairseq_moe_opt.models._report import attach
+
+_DEFAULT_TARGET_POSITIONS = 1024
+"""fairseq's own, for language models that say nothing."""
+
+
+class _LayerCounter:
+    """fairseq builds layers in a list comprehension and tells none its index."""
+
+    def __init__(self) -> None:
+        self._next = 0
+
+    def take(self) -> int:
+        """0, 1, 2 ..."""
+        self._next += 1
+        return self._next - 1
+
+
+class SparseEncoder(TransformerEncoderBase):
+    """fairseq's encoder, some layers of which ``plan`` builds."""
+
+    def __init__(self, plan: SparsePlan, cfg: Any, dictionary: Any, embed_tokens: nn.Module) -> None:
+        # Before nn.Module.__init__, because fairseq's constructor calls build_encoder_layer.
+        self.__dict__.update(plan=plan, counter=_LayerCounter())
+        super().__init__(cfg, dictionary, embed_tokens)
+
+    def build_encoder_layer(self, cfg: Any) -> nn.Module:
+        """The next layer."""
+        sparse = self.__dict__["plan"].encoder_layer(cfg, self.__dict__["counter"].take(), self.return_fc)
+        layer: nn.Module = super().build_encoder_layer(cfg) if sparse is None else sparse
+        return layer
+
+
+class SparseDecoder(TransformerDecoderBase):
+    """fairseq's decoder, some layers of which ``plan`` builds."""
+
+    def __init__(
+        self, plan: SparsePlan, cfg: Any, dictionary: Any, embed_tokens: nn.Module, no_encoder_attn: bool = False
+    ) -> None:
+        self.__dict__.update(plan=plan, counter=_LayerCounter())
+        super().__init__(cfg, dictionary, embed_tokens, no_encoder_attn=no_encoder_attn)
+
+    def build_decoder_layer(self, cfg: Any, no_encoder_attn: bool = False) -> nn.Module:
+        """The next layer."""
+        sparse = self.__dict__["plan"].decoder_layer(cfg, self.__dict__["counter"].take(), no_encoder_attn)
+        layer: nn.Module = super().build_decoder_layer(cfg, no_encoder_attn) if sparse is None else sparse
+        return layer
+
+
+class MoETransformerModel(TransformerModel):
+    """``transformer`` and every architecture of it."""
+
+    @classmethod
+    def add_args(cls, parser: ArgumentParser) -> None:
+        """fairseq's own flags and the sparse layers'."""
+        super().add_args(parser)
+        gen_parser_from_dataclass(parser, MoEArguments(), delete_default=True)
+
+    @classmethod
+    def build_model(cls, args: Namespace, task: Any) -> Any:
+        """The model that ``args`` describe: fairseq's own class when no layer is sparse."""
+        plan = SparsePlan.of(args)
+        if plan is None:
+            return TransformerModel.build_model(args, task)
+        return attach(super().build_model(args, task), plan.options, getattr(args, IMPLIED_BY, None))
+
+    @classmethod
+    def build_encoder(cls, args: Any, src_dict: Any, embed_tokens: nn.Module) -> Any:
+        """Called with a TransformerConfig that carries the sparse layers' arguments as extra attributes."""
+        return SparseEncoder(_plan_of(args), TransformerConfig.from_namespace(args), src_dict, embed_tokens)
+
+    @classmethod
+    def build_decoder(cls, args: Any, tgt_dict: Any, embed_tokens: nn.Module) -> Any:
+        """The same for the decoder."""
+        cfg = TransformerConfig.from_namespace(args)
+        return SparseDecoder(_plan_of(args), cfg, tgt_dict, embed_tokens, no_encoder_attn=cfg.no_cross_attention)
+
+
+class MoELanguageModel(TransformerLanguageModel):
+    """``transformer_lm`` and every architecture of it."""
+
+    @classmethod
+    def add_args(cls, parser: ArgumentParser) -> None:
+        """fairseq's own flags and the sparse layers'."""
+        TransformerLanguageModel.add_args(parser)
+        gen_parser_from_dataclass(parser, MoEArguments(), delete_default=True)
+
+    @classmethod
+    def build_model(cls, args: Any, task: Any) -> Any:
+        """The model that ``args`` describe: fairseq's own class when no layer is sparse."""
+        plan = SparsePlan.of(args)
+        if plan is None:
+            return TransformerLanguageModel.build_model(args, task)
+        for name in ("adaptive_input", "character_embeddings", "decoder_layers_to_keep"):
+            if getattr(args, name, None):
+                raise OptionError(name, "is not supported together with sparse layers (moe_freq above 0)")
+        if getattr(args, "max_target_positions", None) is None:
+            args.max_target_positions = getattr(args, "tokens_per_sample", _DEFAULT_TARGET_POSITIONS)
+        embed_tokens = cls.build_embedding(args, task.source_dictionary, args.decoder_input_dim)
+        # from_namespace keeps only what fairseq declares, so the plan goes beside the configuration.
+        cfg = TransformerConfig.from_namespace(args)
+        decoder = SparseDecoder(plan, cfg, task.target_dictionary, embed_tokens, no_encoder_attn=True)
+        return attach(cls(decoder), plan.options, getattr(args, IMPLIED_BY, None))
+
+
+def _plan_of(args: Any) -> SparsePlan:
+    plan = SparsePlan.of(args)
+    if plan is None:
+        raise OptionError("moe_freq", "is 0: a dense model is fairseq's own, not this class")
+    return plan

@@ -1,0 +1,11 @@
+"""Importing this file, as fairseq's ``--user-dir`` does, registers everything; so does ``register_fairseq()``."""
+
+from fairseq_moe_opt.models._command_line import patch_command_lines
+from fairseq_moe_opt.models._loading import patch_loading
+from fairseq_moe_opt.models._registry import register_models
+from fairseq_moe_opt.models._repairs import repair
+
+repair()
+register_models()
+patch_loading()
+patch_command_lines()

@@ -1,0 +1,168 @@
+"""fairseq's command lines with the plugin print what the branches' command lines printed."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("fairseq", reason="fairseq is not installed")
+
+from fairseq_cli import eval_lm
+from fairseq_cli import generate as generate_command
+
+import fairseq_moe_opt
+from tests.helpers.goldens import FAIRSEQ_GOLDENS
+
+fairseq_moe_opt.register_fairseq()
+
+PLUGIN = Path(fairseq_moe_opt.__file__).parent
+DATA = FAIRSEQ_GOLDENS / "data"
+TRANSLATION = [
+    "--batch-size",
+    "8",
+    "--beam",
+    "5",
+    "--max-len-a",
+    "1.5",
+    "--max-len-b",
+    "10",
+    "--required-batch-size-multiple",
+    "1",
+]
+# What NLLB's generate_multi.py passes, less the sentencepiece model, which the toy task has none of.
+NLLB = [
+    "--task",
+    "translation_multi_simple_epoch",
+    "--langs",
+    "src,tgt",
+    "--lang-pairs",
+    "src-tgt",
+    "--source-lang",
+    "src",
+    "--target-lang",
+    "tgt",
+    "--encoder-langtok",
+    "src",
+    "--decoder-langtok",
+    "--gen-subset",
+    "test",
+    "--beam",
+    "4",
+    "--enable-m2m-validation",
+    "--add-data-source-prefix-tags",
+    "--is-moe",
+    "--distributed-world-size",
+    "16",
+    "--distributed-port",
+    "29533",
+    "--max-sentences",
+    "36",
+]
+NLLB_OVERRIDES = (
+    "{'world_size': 16, 'moe_eval_capacity_token_fraction': 1.0, 'use_moe_pad_mask': False, "
+    "'pass_tokens_transformer_layer': False, 'replication_count': 1}"
+)
+
+
+def hypotheses(text: str) -> dict[str, list[str]]:
+    """The fields of every ``S- T- H- D- P-`` line by its name; the score is the first field of an H line."""
+    lines = [line.split("\t") for line in text.splitlines() if re.match(r"[STHDP]-\d+\t", line)]
+    return {line[0]: line[1:] for line in lines}
+
+
+def check_text(found: str, expected: str) -> None:
+    """Same sentences and tokens; scores to rounding; the same last line of BLEU."""
+    ours, theirs = hypotheses(found), hypotheses(expected)
+    assert list(ours) == list(theirs)
+    assert len(ours) == 5 * 48
+    for name, fields in theirs.items():
+        if name[0] in "ST":
+            assert ours[name] == fields, name
+        elif name[0] in "HD":
+            assert ours[name][1] == fields[1], name
+            assert float(ours[name][0]) == pytest.approx(float(fields[0]), abs=1e-4)
+        else:
+            numbers = [[float(number) for number in line[0].split()] for line in (ours[name], fields)]
+            assert numbers[0] == pytest.approx(numbers[1], abs=3e-4)
+    last = [text.strip().splitlines()[-1] for text in (found, expected)]
+    assert last[0] == last[1]
+
+
+@pytest.mark.parametrize(
+    ("model", "text", "fraction", "file"),
+    [
+        ("A_top2_eom", "cli_ws1_cap1.00", "1.0", "checkpoint_last.pt"),
+        ("A_top2_eom", "cli_ws1_cap0.25", "0.25", "checkpoint_last.pt"),
+        ("A_top2_eom", "cli_ws1_cap0.25", "0.25", "checkpoint_single.pt"),
+        ("A_top2_eom", "cli_ws2_cap0.25", "0.25", "checkpoint_last.pt"),
+        ("C_top1", "cli_ws1_cap1.00", "1.0", "checkpoint_last.pt"),
+        ("D_cmr", "cli_ws1_cap1.00", "1.0", "checkpoint_last.pt"),
+    ],
+)
+def test_generate(
+    model: str, text: str, fraction: str, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = f"{{'moe_eval_capacity_token_fraction': {fraction}}}"
+    path = str(FAIRSEQ_GOLDENS / model / file)
+    arguments = [str(DATA / "bin"), "--path", path, "--cpu", *TRANSLATION, "--model-overrides", overrides]
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["fairseq-generate", *arguments, "--is-moe", "--user-dir", str(PLUGIN), "--results-path", str(tmp_path)],
+    )
+    generate_command.cli_main()
+    found = (tmp_path / "generate-test.txt").read_text(encoding="utf-8")
+    check_text(found, (FAIRSEQ_GOLDENS / model / f"{text}.txt").read_text(encoding="utf-8"))
+
+
+def run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """``python -m module`` with the plugin, in a process of its own."""
+    command = [sys.executable, "-m", module, *arguments, "--user-dir", str(PLUGIN)]
+    environment = {**os.environ, "PYTHONPATH": str(PLUGIN.parent), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+
+
+def test_the_published_command_line_of_nllb(tmp_path: Path) -> None:
+    model = FAIRSEQ_GOLDENS / "F_multilingual"
+    path = ["--path", str(model / "checkpoint_last.pt"), "--cpu", "--model-overrides", NLLB_OVERRIDES]
+    done = run("fairseq_cli.generate", str(DATA / "bin"), *NLLB, *path, "--results-path", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    found = (tmp_path / "generate-test.txt").read_text(encoding="utf-8")
+    check_text(found, (model / "cli_ws2_nllb_style.txt").read_text(encoding="utf-8"))
+
+
+def word_scores(lines: list[str]) -> dict[int, list[tuple[str, float]]]:
+    """Words and their log-probabilities by sample."""
+    scores = {}
+    for line in lines:
+        number, _, rest = line.partition(" ")
+        if number.isdigit():
+            scores[int(number)] = [(word, float(score)) for word, score in re.findall(r"(\S+) \[(-?[\d.]+)\]", rest)]
+    return scores
+
+
+@pytest.mark.parametrize(("text", "mode"), [("cli_evallm_cap1.0", "none"), ("cli_evallm_eos_cap1.0", "eos")])
+def test_eval_lm(text: str, mode: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    model = FAIRSEQ_GOLDENS / "E_lm_moe_branch"
+    overrides = "{'world_size': 8, 'moe_eval_capacity_token_fraction': 1.0}"
+    arguments = [str(DATA / "binlm"), "--path", str(model / "checkpoint_last.pt"), "--cpu", "--gen-subset", "test"]
+    arguments += ["--sample-break-mode", mode, "--tokens-per-sample", "32", "--batch-size", "4", "--is-moe"]
+    arguments += ["--output-word-probs", "--distributed-world-size", "8", "--model-overrides", overrides]
+    monkeypatch.setattr(sys, "argv", ["fairseq-eval-lm", *arguments, "--user-dir", str(PLUGIN)])
+    with caplog.at_level(logging.INFO):
+        eval_lm.cli_main()
+    printed = [entry.getMessage() for entry in caplog.records if entry.name == "fairseq_cli.eval_lm"]
+    golden = (model / f"{text}.txt").read_text(encoding="utf-8").splitlines()
+    found, expected = word_scores(printed), word_scores(golden)
+    assert found.keys() == expected.keys() and expected
+    for number, words in expected.items():
+        assert [word for word, _ in found[number]] == [word for word, _ in words]
+        assert [score for _, score in found[number]] == pytest.approx([score for _, score in words], abs=1e-4)
+    loss = next(line for line in golden if "Loss" in line)
+    assert loss.partition("Loss")[2] == next(line for line in printed if "Loss" in line).partition("Loss")[2]
