@@ -12,7 +12,7 @@ import functools
 import logging
 import sys
 from argparse import SUPPRESS, ArgumentParser, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -46,9 +46,10 @@ def _wrap(stock: Callable[..., Any]) -> Callable[..., Any]:
         result = stock(parser, *args, **kwargs)
         parsed = result[0] if isinstance(result, tuple) else result
         try:
-            _check(parsed)
             if loads:
                 _settle(parsed)
+            else:
+                _check(vars(parsed))
         except OptionError as error:
             parser.error(str(error))
         return result
@@ -77,9 +78,9 @@ def _add_flags(parser: ArgumentParser, loads: bool) -> None:
         group.add_argument("--moe-generation", action="store_true", help="accepted for the branches' command lines")
 
 
-def _check(args: Namespace) -> None:
-    """OptionError for flags that contradict each other."""
-    given = {option: getattr(args, argument, None) for argument, option in RUNTIME_ARGUMENTS.items()}
+def _check(values: Mapping[str, Any]) -> None:
+    """OptionError for runtime options with wrong values or that contradict each other."""
+    given = {option: values.get(argument) for argument, option in RUNTIME_ARGUMENTS.items()}
     options_from({option: value for option, value in given.items() if value is not None})
 
 
@@ -88,9 +89,10 @@ def _settle(args: Namespace) -> None:
     names = (*RUNTIME_ARGUMENTS, *CAPACITY_ARGUMENTS, "replication_count")
     given = {name: vars(args).pop(name) for name in names if name in vars(args)}
     given = {name: value for name, value in given.items() if value is not None}
+    overrides = {**_overrides(args), **given}
+    _check(overrides)
     if given:
-        overrides = ast.literal_eval(getattr(args, "model_overrides", None) or "{}")
-        args.model_overrides = repr({**overrides, **given})
+        args.model_overrides = repr(overrides)
     if not getattr(args, "is_moe", False):
         return
     if getattr(args, "distributed_world_size", 1) > 1:
@@ -99,6 +101,18 @@ def _settle(args: Namespace) -> None:
     if hasattr(args, "pad_to_fixed_length") and hasattr(args, "context_window"):
         # The branches' eval_lm does so; under a capacity that binds it decides what is dropped.
         args.pad_to_fixed_length = True
+
+
+def _overrides(args: Namespace) -> dict[str, Any]:
+    """What ``--model-overrides`` holds; OptionError when that is no dictionary."""
+    text = getattr(args, "model_overrides", None) or "{}"
+    try:
+        found = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        found = None
+    if not isinstance(found, dict):
+        raise OptionError("model_overrides", f"{text!r} is not a dictionary such as {{'moe_capacity': 'checkpoint'}}")
+    return found
 
 
 def _show_errors_in_one_line() -> None:

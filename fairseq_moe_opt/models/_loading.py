@@ -146,7 +146,7 @@ def apply_overrides(model: Any, overrides: Mapping[str, Any], path: str) -> None
         return
     options_from({RUNTIME_ARGUMENTS[name]: value for name, value in asked.items()})
     known = {item.name for item in fields(MoEArguments) if item.name != "_name"}
-    _require_known(overrides, known, model)
+    _require_known(overrides, known)
     implied_by = next((name for name in CAPACITY_ARGUMENTS if name in overrides), None)
     if "moe_capacity" not in asked and implied_by is not None:
         asked |= {"moe_capacity": "checkpoint", IMPLIED_BY: implied_by}
@@ -157,9 +157,8 @@ def apply_overrides(model: Any, overrides: Mapping[str, Any], path: str) -> None
             setattr(model, name, value)
 
 
-def _require_known(overrides: Mapping[str, Any], known: set[str], model: Any) -> None:
+def _require_known(overrides: Mapping[str, Any], known: set[str]) -> None:
+    accepted = known | set(RUNTIME_ARGUMENTS)
     for name in overrides:
-        if name.startswith("moe_") and name not in known | set(RUNTIME_ARGUMENTS) and not _ELSEWHERE.fullmatch(name):
-            have = ", ".join(sorted((*known, *RUNTIME_ARGUMENTS)))
-            if not hasattr(model, name):
-                raise OptionError(name, f"no such Mixture-of-Experts argument; there are {have}")
+        if name.startswith("moe_") and name not in accepted and not _ELSEWHERE.fullmatch(name):
+            raise OptionError(name, f"no such Mixture-of-Experts argument; there are {', '.join(sorted(accepted))}")

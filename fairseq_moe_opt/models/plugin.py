@@ -1,5 +1,6 @@
 """Importing this file, as fairseq's ``--user-dir`` does, registers everything; so does ``register_fairseq()``."""
 
+from fairseq_moe_opt.models import _criteria as _criteria
 from fairseq_moe_opt.models._command_line import patch_command_lines
 from fairseq_moe_opt.models._loading import patch_loading
 from fairseq_moe_opt.models._registry import register_models
