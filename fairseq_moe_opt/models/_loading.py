@@ -81,9 +81,10 @@ def _load_single(
     """fairseq's own way, with one clear line for a file that is damaged or holds a foreign class."""
     try:
         return stock(path, overrides, on_all_ranks)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
+    except (pickle.UnpicklingError, EOFError, OSError, RuntimeError) as error:
+        if not Path(path).is_file() or (isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error)):
             raise
+        # Says what is wrong better than torch does, where it is one of the usual things.
         open_torch_zip(Path(path))
         raise CheckpointError(path, f"cannot be read: {str(error).splitlines()[0]}") from error
 

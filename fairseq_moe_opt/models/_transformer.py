@@ -7,13 +7,13 @@ fairseq's own under those names. A configuration without sparse layers is handed
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from typing import Any
+from typing import Any, cast
 
 from fairseq.dataclass.utils import gen_parser_from_dataclass
 from fairseq.models.transformer import TransformerConfig, TransformerDecoderBase, TransformerEncoderBase
 from fairseq.models.transformer.transformer_legacy import TransformerModel
 from fairseq.models.transformer_lm import TransformerLanguageModel
-from torch import nn
+from torch import Tensor, nn
 
 from fairseq_moe_opt.errors import OptionError
 from fairseq_moe_opt.models._arguments import IMPLIED_BY, MoEArguments
@@ -67,7 +67,24 @@ class SparseDecoder(TransformerDecoderBase):
         return layer
 
 
-class MoETransformerModel(TransformerModel):
+class _ChecksDictionary:
+    """Refuses a state dict made with another dictionary; comes before fairseq's class among the bases."""
+
+    def upgrade_state_dict(self, state_dict: dict[str, Tensor]) -> None:
+        """fairseq's upgrade of old names; OptionError when the embeddings are of another number of symbols."""
+        super().upgrade_state_dict(state_dict)  # type: ignore[misc]
+        for name, parameter in cast(nn.Module, self).named_parameters():
+            if name.endswith("embed_tokens.weight") and name in state_dict:
+                have, want = len(state_dict[name]), len(parameter)
+                if have != want:
+                    raise OptionError(
+                        "data",
+                        f"{name} of the checkpoint has {have} rows, but the dictionary has {want} symbols: use the "
+                        "checkpoint's own dict.*.txt, language list and --add-data-source-prefix-tags",
+                    )
+
+
+class MoETransformerModel(_ChecksDictionary, TransformerModel):
     """``transformer`` and every architecture of it."""
 
     @classmethod
@@ -96,7 +113,7 @@ class MoETransformerModel(TransformerModel):
         return SparseDecoder(_plan_of(args), cfg, tgt_dict, embed_tokens, no_encoder_attn=cfg.no_cross_attention)
 
 
-class MoELanguageModel(TransformerLanguageModel):
+class MoELanguageModel(_ChecksDictionary, TransformerLanguageModel):
     """``transformer_lm`` and every architecture of it."""
 
     @classmethod

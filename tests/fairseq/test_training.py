@@ -1,0 +1,153 @@
+"""fairseq-train with the plugin: criteria, gradients, and checkpoints that every command line reads."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("fairseq", reason="fairseq is not installed")
+
+from fairseq import checkpoint_utils, options
+from fairseq.criterions import CRITERION_REGISTRY
+from fairseq_cli import eval_lm, train, validate
+
+import fairseq_moe_opt
+from fairseq_moe_opt.errors import OptionError
+from fairseq_moe_opt.models._criteria import cmr_gate_loss, combined_gate_loss
+from fairseq_moe_opt.models._losses import GateLosses
+from tests.helpers.fairseq_runs import arrays, load_golden
+from tests.helpers.goldens import FAIRSEQ_GOLDENS
+
+fairseq_moe_opt.register_fairseq()
+
+PLUGIN = str(Path(fairseq_moe_opt.__file__).parent)
+DATA = FAIRSEQ_GOLDENS / "data"
+EXPERTS = "--moe-freq 2 --moe-expert-count 4 --moe-second-expert-policy all --moe-gating-use-fp32"
+COMMON = "--optimizer adam --lr 1e-3 --max-update 6 --cpu --train-subset test --valid-subset test"
+
+
+def command(monkeypatch: pytest.MonkeyPatch, main: Any, *arguments: str) -> Any:
+    """Run a command line of fairseq in this process."""
+    monkeypatch.setattr(sys, "argv", ["fairseq", *arguments, "--user-dir", PLUGIN])
+    return main()
+
+
+def sample(golden: dict[str, torch.Tensor], batch: str = "b0") -> dict[str, Any]:
+    target = golden[f"{batch}.target"]
+    names = ("src_tokens", "src_lengths", "prev_output_tokens")
+    net_input = {name: golden[f"{batch}.{name}"] for name in names}
+    return {"net_input": net_input, "target": target, "ntokens": int((target != 1).sum())}
+
+
+def criterion(name: str, task: Any, **values: Any) -> Any:
+    defaults = {"sentence_avg": False, "moe_gate_loss_combine_method": "sum", "moe_gate_loss_transform": "none"}
+    if name == "moe_label_smoothed_cross_entropy":
+        defaults |= {"label_smoothing": 0.1, "cmr_gate_loss_p": 1.0, "cmr_gate_loss_wt": 0.0}
+    return CRITERION_REGISTRY[name](task, **(defaults | values))
+
+
+@pytest.mark.parametrize("method", ["sum", "average"])
+def test_the_gate_loss_is_added_a_unit_of_sample_size(method: str) -> None:
+    model, task = load_golden("A_top2_eom", "cap1.00")
+    golden = arrays("A_top2_eom", "cap1.00")
+    batch = sample(golden)
+    values = {"moe_gate_loss_combine_method": method}
+    without = criterion("moe_cross_entropy", task, moe_gate_loss_wt=0.0, **values)(model, batch)
+    loss, size, logged = criterion("moe_cross_entropy", task, moe_gate_loss_wt=0.5, **values)(model, batch)
+    layers = [float(value) for name, value in golden.items() if name.startswith("b0.") and name.endswith("l_aux")]
+    expected = sum(layers) / (len(layers) if method == "average" else 1)
+    assert len(layers) == 4
+    assert float(loss - without[0]) == pytest.approx(0.5 * size * expected, rel=1e-4)
+    assert float(logged["inner_loss"]) == pytest.approx(float(without[0]))
+
+
+def test_the_conditional_gate_loss_is_the_distance_from_the_share() -> None:
+    model, task = load_golden("D_cmr", "cap1.00")
+    golden = arrays("D_cmr", "cap1.00")
+    batch = sample(golden)
+    name = "moe_label_smoothed_cross_entropy"
+    without = criterion(name, task, moe_gate_loss_wt=0.0)(model, batch)
+    loss, size, _ = criterion(name, task, moe_gate_loss_wt=0.0, cmr_gate_loss_p=0.8, cmr_gate_loss_wt=0.1)(model, batch)
+    gates = [value for key, value in golden.items() if key.startswith("b0.") and key.endswith("gate_value")]
+    counts = {"src_tokens": 2, "prev_output_tokens": 2}
+    tokens = sum(layers * int((golden[f"b0.{side}"] != 1).sum()) for side, layers in counts.items())
+    mean = sum(float(gate.sum()) for gate in gates) / tokens
+    assert float(loss - without[0]) == pytest.approx(0.1 * size * abs(mean - 0.8), rel=1e-3)
+
+
+def test_transforms_and_empty_lists() -> None:
+    losses = [torch.tensor(2.0), torch.tensor(4.0)]
+    assert float(combined_gate_loss(losses, "average", "none")) == 3.0
+    assert float(combined_gate_loss(losses, "sum", "neg_log")) == pytest.approx(-math.log(6.0))
+    assert combined_gate_loss([], "sum", "none") is None
+    assert cmr_gate_loss(GateLosses(), 1.0) is None
+    with pytest.raises(OptionError, match="moe_gate_loss_transform"):
+        criterion("moe_cross_entropy", _task(), moe_gate_loss_wt=1.0, moe_gate_loss_transform="log")
+
+
+def _task() -> Any:
+    return load_golden("A_top2_eom", "cap1.00")[1]
+
+
+def test_gradients_reach_gates_and_experts() -> None:
+    model, task = load_golden("A_top2_eom", "cap1.00")
+    loss, _, _ = criterion("moe_cross_entropy", task, moe_gate_loss_wt=0.01)(
+        model.train(), sample(arrays("A_top2_eom", "cap1.00"))
+    )
+    loss.backward()
+    for block in model.moe.blocks:
+        assert float(block.gate.wg.weight.grad.abs().sum()) > 0
+        assert any(expert.fc1.weight.grad is not None for expert in block.experts)
+
+
+@pytest.mark.parametrize("architecture", ["transformer_tiny", "transformer_moe"])
+def test_a_trained_model_loses_no_expert(architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The branches' trainer loses all experts of an undistributed run: two files of one name."""
+    shape = "--encoder-layers 2 --decoder-layers 2 --encoder-embed-dim 16 --encoder-ffn-embed-dim 32"
+    shape += " --encoder-attention-heads 2 --decoder-attention-heads 2 --share-all-embeddings"
+    arguments = f"-s src -t tgt --arch {architecture} {shape} {EXPERTS} --moe-cmr --moe-eom 0.2 --moe-fom 0.1 {COMMON}"
+    arguments += " --criterion moe_label_smoothed_cross_entropy --moe-gate-loss-wt 0.01 --max-tokens 600"
+    folder = ["--save-dir", str(tmp_path), "--no-epoch-checkpoints"]
+    command(monkeypatch, train.cli_main, str(DATA / "bin"), *arguments.split(), *folder)
+    path = tmp_path / "checkpoint_last.pt"
+    models, _, _ = checkpoint_utils.load_model_ensemble_and_task([str(path)], arg_overrides={"moe_gating": "static"})
+    assert len(models[0].moe.blocks) == 2
+    assert models[0].moe.options.gating == "static"
+    evaluation = ["--path", str(path), "--cpu", "--max-tokens", "600", "--valid-subset", "test"]
+    command(monkeypatch, validate.cli_main, str(DATA / "bin"), *evaluation)
+
+
+def test_a_language_model_trains_and_is_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = "--decoder-layers 2 --decoder-embed-dim 16 --decoder-ffn-embed-dim 32 --decoder-attention-heads 2"
+    arguments = f"--task language_modeling --arch transformer_lm_gpt {shape} --tokens-per-sample 32 {EXPERTS} {COMMON}"
+    arguments += " --criterion moe_cross_entropy --moe-gate-loss-wt 0.01 --batch-size 4"
+    folder = ["--save-dir", str(tmp_path), "--no-epoch-checkpoints"]
+    command(monkeypatch, train.cli_main, str(DATA / "binlm"), *arguments.split(), *folder)
+    path = tmp_path / "checkpoint_last.pt"
+    evaluation = [
+        "--path",
+        str(path),
+        "--cpu",
+        "--tokens-per-sample",
+        "32",
+        "--batch-size",
+        "4",
+        "--gen-subset",
+        "test",
+    ]
+    command(monkeypatch, eval_lm.cli_main, str(DATA / "binlm"), *evaluation, "--moe-gating", "static")
+    models, _, _ = checkpoint_utils.load_model_ensemble_and_task([str(path)])
+    (block,) = models[0].moe.blocks
+    assert len(block.experts) == 4
+
+
+def test_training_refuses_a_wrong_option(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = options.get_training_parser()
+    with pytest.raises(SystemExit):
+        options.parse_args_and_arch(parser, [str(DATA / "bin"), "--arch", "transformer", "--moe-capacity", "some"])
+    assert "--moe-capacity" in capsys.readouterr().err
