@@ -10,7 +10,7 @@ import functools
 import pickle
 import re
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
@@ -19,7 +19,6 @@ from typing import Any
 from fairseq import checkpoint_utils
 from fairseq.dataclass.utils import overwrite_args_by_name
 from omegaconf import OmegaConf, open_dict
-from torch import Tensor
 
 from fairseq_moe_opt.checkpoints import fairseq as reader
 from fairseq_moe_opt.checkpoints.records import read_tensor
@@ -63,7 +62,7 @@ def _wrap_name(stock: Callable[..., str]) -> Callable[..., str]:
 def _wrap_load(stock: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
     def load(path: str, arg_overrides: Mapping[str, Any] | None = None, load_on_all_ranks: bool = False) -> Any:
         """The checkpoint as fairseq's dictionary, the options for its sparse layers in its configuration."""
-        if _PART.fullmatch(Path(path).name) and Path(path).is_file():
+        if _is_parted(Path(path)):
             state = _load_parts(Path(path), arg_overrides)
         else:
             state = _load_single(stock, path, arg_overrides, load_on_all_ranks)
@@ -73,6 +72,13 @@ def _wrap_load(stock: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, 
         return state
 
     return load
+
+
+def _is_parted(path: Path) -> bool:
+    """Whether ``path`` means a checkpoint of shared and rank files."""
+    if path.suffix != ".pt":
+        return False
+    return bool(_PART.fullmatch(path.name)) if path.is_file() else reader.supports_path(path)
 
 
 def _load_single(
@@ -90,12 +96,15 @@ def _load_single(
 
 
 def _load_parts(path: Path, overrides: Mapping[str, Any] | None) -> dict[str, Any]:
-    """A checkpoint of shared and rank files as what one ordinary file of it would hold, without optimizer state."""
+    """A checkpoint of shared and rank files as what one ordinary file of it would hold.
+
+    Without overrides training goes on from it, and the optimizer's state is wanted; otherwise it is not read.
+    """
     copies = (overrides or {}).get("replication_count")
     index = reader.read_index(path, None if copies is None else int(copies))
     archive = open_torch_zip(reader.weight_files(path)[0])
-    left_out = ("model", "last_optimizer_state")
-    state = {key: _as_saved(archive, value) for key, value in archive.content.items() if key not in left_out}
+    left_out = {"model"} if overrides is None else {"model", "last_optimizer_state"}
+    state = _as_saved(archive, {key: value for key, value in archive.content.items() if key not in left_out})
     state["model"] = {name: read_tensor(record) for name, record in index.items()}
     if state.get("args") is not None:
         for name, value in (overrides or {}).items():
@@ -107,25 +116,41 @@ def _load_parts(path: Path, overrides: Mapping[str, Any] | None) -> dict[str, An
     return upgraded
 
 
-def _as_saved(archive: TorchZip, value: Any) -> Any:
+def _as_saved(archive: TorchZip, content: Any) -> Any:
     """Unpickled stand-ins as the objects fairseq expects: Namespaces, plain configuration, tensors."""
-    if isinstance(value, InertNamespace):
-        return Namespace(**{key: _as_saved(archive, item) for key, item in (value.state or {}).items()})
-    if isinstance(value, InertConfig):
-        return plain(value)
+    slots = {str(id(slot)): slot for slot in _slots(content)}
+    records = tensor_records(archive, slots)
+
+    def convert(value: Any) -> Any:
+        if isinstance(value, InertNamespace):
+            return Namespace(**convert(value.state or {}))
+        if isinstance(value, InertConfig):
+            return plain(value)
+        if isinstance(value, TensorSlot):
+            return read_tensor(records[str(id(value))])
+        if isinstance(value, Inert):
+            return None
+        if isinstance(value, Mapping):
+            return {key: convert(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(convert(item) for item in value)
+        return value
+
+    return convert(content)
+
+
+def _slots(value: Any) -> Iterator[TensorSlot]:
+    """Every tensor in unpickled content."""
     if isinstance(value, TensorSlot):
-        return _read_slot(archive, value)
-    if isinstance(value, Inert):
-        return None
-    if isinstance(value, Mapping):
-        return {key: _as_saved(archive, item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_as_saved(archive, item) for item in value)
-    return value
-
-
-def _read_slot(archive: TorchZip, slot: TensorSlot) -> Tensor:
-    return read_tensor(tensor_records(archive, {"value": slot})["value"])
+        yield value
+    elif isinstance(value, InertNamespace):
+        yield from _slots(value.state)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _slots(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _slots(item)
 
 
 def _model_section(state: Mapping[str, Any]) -> Any:
