@@ -3,6 +3,9 @@
 fairseq's layers have no method for the feed-forward network alone: their forward calls ``fc1``, an activation and
 ``fc2`` in turn. Here ``fc1`` is a callable that computes all of it, and the other steps do nothing. The padding mask
 comes to it by a context variable, because ``fc1`` is called with one argument.
+
+In training, dropout is applied to what the experts give together, not inside each of them as in the branches;
+activation dropout is of dense networks alone.
 """
 
 from __future__ import annotations

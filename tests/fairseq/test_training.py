@@ -17,9 +17,13 @@ from fairseq.criterions import CRITERION_REGISTRY
 from fairseq_cli import eval_lm, train, validate
 
 import fairseq_moe_opt
+from fairseq_moe_opt.build import LayerSpec
 from fairseq_moe_opt.errors import OptionError
+from fairseq_moe_opt.models._block import BlockSpec, MoEBlock
 from fairseq_moe_opt.models._criteria import cmr_gate_loss, combined_gate_loss
 from fairseq_moe_opt.models._losses import GateLosses
+from fairseq_moe_opt.moe import GShardTop2Router, Top1Router
+from fairseq_moe_opt.options import MoEOptions
 from tests.helpers.fairseq_runs import arrays, load_golden
 from tests.helpers.goldens import FAIRSEQ_GOLDENS
 
@@ -199,3 +203,25 @@ def test_training_refuses_a_wrong_option(capsys: pytest.CaptureFixture[str]) -> 
     with pytest.raises(SystemExit):
         options.parse_args_and_arch(parser, [str(DATA / "bin"), "--arch", "transformer", "--moe-capacity", "some"])
     assert "--moe-capacity" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("top1", [False, True])
+def test_gradients_through_dynamic_dispatch_are_right(top1: bool) -> None:
+    """Against finite differences, and against the padded static computation, in double precision."""
+
+    def block(gating: str) -> MoEBlock:
+        torch.manual_seed(5)
+        router = Top1Router(4, None, False) if top1 else GShardTop2Router(4, fp32_gating=False)
+        spec = LayerSpec("encoder.layers.0.moe_layer", "encoder", router, "gelu")
+        return MoEBlock(BlockSpec(spec, 6, 8), MoEOptions(gating=gating)).double()
+
+    hidden = torch.randn(3, 2, 6, dtype=torch.float64, requires_grad=True)
+    padding = torch.tensor([[False, False, False], [False, False, True]])
+    dynamic, static = block("dynamic"), block("static")
+    assert torch.autograd.gradcheck(lambda x: dynamic(x, padding), (hidden,))
+    for one in (dynamic, static):
+        one(hidden, padding).square().sum().backward()
+    for ours, theirs in zip(dynamic.parameters(), static.parameters(), strict=True):
+        mine = torch.zeros_like(ours) if ours.grad is None else ours.grad
+        other = torch.zeros_like(theirs) if theirs.grad is None else theirs.grad
+        assert torch.allclose(mine, other, rtol=1e-9, atol=1e-12)
