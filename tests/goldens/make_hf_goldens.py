@@ -151,9 +151,7 @@ def check_steady(name: str, single: dict[str, Any], double: dict[str, Any], inpu
         worst = max(worst, float((one - two).abs().max() / two.abs().max()))
     tokens = all(torch.equal(single[key], double[key]) for key in ("greedy", "beam4"))
     if worst > 1e-5 or not tokens:
-        sys.exit(
-            f"{name}: float32 and float64 differ by {worst:.1e}, tokens equal: {tokens}; choose another seed"
-        )
+        sys.exit(f"{name}: float32 and float64 differ by {worst:.1e}, tokens equal: {tokens}; choose another seed")
     return worst
 
 
@@ -184,9 +182,7 @@ def build(options: dict[str, int], changes: dict[str, Any]) -> Any:
 
 def spread(result: dict[str, Any]) -> dict[str, int]:
     """Experts that served at least one token, by layer."""
-    return {
-        key: int(value.bool().any(0).sum()) for key, value in result.items() if key.startswith("combine.")
-    }
+    return {key: int(value.bool().any(0).sum()) for key, value in result.items() if key.startswith("combine.")}
 
 
 def make(name: str, options: dict[str, int], target: Path) -> None:
@@ -196,9 +192,7 @@ def make(name: str, options: dict[str, int], target: Path) -> None:
     import transformers
 
     batches = {side: batch(options["seed"] + 100, side) for side in ("left", "right")}
-    arrays = {
-        f"inputs.{side}.{key}": value for side, inputs in batches.items() for key, value in inputs.items()
-    }
+    arrays = {f"inputs.{side}.{key}": value for side, inputs in batches.items() for key, value in inputs.items()}
     notes: dict[str, Any] = {}
     for setting, changes in settings().items():
         for side, inputs in batches.items():

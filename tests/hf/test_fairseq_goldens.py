@@ -27,9 +27,7 @@ from tests.helpers.goldens import FAIRSEQ_GOLDENS, TOLERANCE, read_arrays, read_
 
 TOP2 = FAIRSEQ_GOLDENS / "A_top2_eom"
 MULTILINGUAL = FAIRSEQ_GOLDENS / "F_multilingual"
-FILES = tuple(
-    path.stem for path in sorted((TOP2 / "tf").glob("*.json")) if not re.search("half|seed", path.stem)
-)
+FILES = tuple(path.stem for path in sorted((TOP2 / "tf").glob("*.json")) if not re.search("half|seed", path.stem))
 DROP_FREE = tuple(name for name in FILES if name.startswith("cap1.00"))
 BATCHES = ("b0", "b1")
 PAD, EOS = 1, 2
