@@ -59,7 +59,7 @@ setup: $(STAMPS)/project $(STAMPS)/fairseq ## set up .venv and run nothing
 reference: $(REFERENCE) ## Transformers 4.57.1 in a side folder
 
 clean: ## remove builds and caches
-	rm -rf build dist *.egg-info demo-output bench-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv/*' -not -path './.reference/*' -prune -exec rm -rf {} +
 
 distclean: clean ## also remove .venv and the side folders

@@ -13,6 +13,7 @@ HERE = Path(__file__).parent
 PACKAGES = [
     "fairseq_moe_opt",
     "fairseq_moe_opt.checkpoints",
+    "fairseq_moe_opt.cli",
     "fairseq_moe_opt.models",
     "fairseq_moe_opt.moe",
     "fairseq_moe_opt.moe.kernels",
@@ -21,8 +22,8 @@ PACKAGES = [
     "hf_integration.families",
 ]
 
-CORE = ["torch>=2.10", "numpy>=1.26", "safetensors>=0.5", "pyyaml>=6.0", "typer>=0.15", "rich>=13"]
-HF = ["transformers>=5.0,<6", "accelerate>=1.1", "sentencepiece>=0.2", "protobuf>=4"]
+CORE = ["torch>=2.10", "numpy>=1.26", "safetensors>=0.5", "pyyaml>=6.0", "typer>=0.15.4", "rich>=13"]
+HF = ["transformers>=5.6,<6", "accelerate>=1.1", "sentencepiece>=0.2", "protobuf>=4"]
 # What fairseq-fixed==0.12.3.1 needs, less torch (here already) and torchaudio (whose registry build cannot
 # load beside a CPU torch). fairseq-fixed itself takes one line more, with --no-build-isolation --no-deps: see
 # README.md.

@@ -100,7 +100,11 @@ def read_config(folder: Path) -> PreTrainedConfig:
         raise NoMoELayerError(
             f"{path}: model_type {model_type!r} is not one that can be loaded: {', '.join(MODEL_CLASSES)}"
         )
-    return cast(PreTrainedConfig, AutoConfig.from_pretrained(folder))
+    try:
+        return cast(PreTrainedConfig, AutoConfig.from_pretrained(folder))
+    except Exception as error:  # strict configurations raise classes of the hub client
+        reason = " ".join(str(error).split())
+        raise CheckpointError(path, f"is not a configuration of {model_type}: {reason}") from error
 
 
 def _resolve_dtype(dtype: torch.dtype | str | None, config: PreTrainedConfig) -> torch.dtype:

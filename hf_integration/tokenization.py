@@ -39,9 +39,7 @@ class MoETranslationTokenizer(TokenizersBackend):
         self._src_lang: str | None = None
         self._tgt_lang: str | None = None
         self.language_codes = list(language_codes)
-        super().__init__(
-            *args, src_lang=src_lang, tgt_lang=tgt_lang, language_codes=self.language_codes, **kwargs
-        )
+        super().__init__(*args, src_lang=src_lang, tgt_lang=tgt_lang, language_codes=self.language_codes, **kwargs)
         self._src_lang = self._known(src_lang)
         self._tgt_lang = self._known(tgt_lang)
         self._switch_to_input_mode()
@@ -91,9 +89,7 @@ class MoETranslationTokenizer(TokenizersBackend):
     ) -> BatchEncoding:
         """What a translation pipeline asks for: encoder inputs, and the target language as first token."""
         if src_lang is None or tgt_lang is None:
-            raise InputError(
-                "translation needs src_lang and tgt_lang; known: " + ", ".join(self.language_codes)
-            )
+            raise InputError("translation needs src_lang and tgt_lang; known: " + ", ".join(self.language_codes))
         self.src_lang = src_lang
         inputs = self(raw_inputs, add_special_tokens=True, return_tensors=return_tensors, **extra_kwargs)
         inputs["forced_bos_token_id"] = self.lang_id(tgt_lang)
@@ -126,9 +122,7 @@ class _MoETranslationTokenizerConfig(PreTrainedConfig):
 
 def register_tokenizer() -> None:
     """Lets ``AutoTokenizer`` find the class that ``tokenizer_config.json`` names; may be repeated."""
-    AutoTokenizer.register(
-        _MoETranslationTokenizerConfig, fast_tokenizer_class=MoETranslationTokenizer, exist_ok=True
-    )
+    AutoTokenizer.register(_MoETranslationTokenizerConfig, fast_tokenizer_class=MoETranslationTokenizer, exist_ok=True)
 
 
 register_tokenizer()

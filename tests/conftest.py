@@ -1,4 +1,4 @@
-"""What every test shares: the device option, the seeds, a small number of threads, hypothesis' profile."""
+"""What every test shares: the device option, the seeds, the number of threads, hypothesis' profile."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # One thread: tests often run beside other work, where tiny operations on several threads wait for each other.
-MAX_THREADS = 1
+NUM_THREADS = 1
+os.environ.setdefault("OMP_NUM_THREADS", str(NUM_THREADS))  # for the tests' subprocesses
 SEED = 20240
 
 settings.register_profile(
@@ -42,7 +43,7 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise pytest.UsageError(f"--device {device}: {str(error).splitlines()[0]}") from error
-    torch.set_num_threads(min(MAX_THREADS, torch.get_num_threads()))
+    torch.set_num_threads(NUM_THREADS)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -121,6 +121,7 @@ BAD = {
         NoMoELayerError,
         "'bert'.*nllb-moe",
     ),
+    "wrong type": (lambda folder: change_config(folder, num_experts="many"), CheckpointError, "config.json: is not a"),
     "other widths": (
         lambda folder: change_config(folder, d_model=64),
         CheckpointError,

@@ -1,0 +1,72 @@
+"""``--moe-NAME`` flags, made from the fields of MoEOptions: one source for names, choices, defaults and help."""
+
+from __future__ import annotations
+
+import enum
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from fairseq_moe_opt.options import MoEOptions, field_choices, field_help
+
+PREFIX = "moe_"
+PANEL = "Mixture-of-Experts runtime"
+PARAMETER = "moe_options"
+_METAVARS: Mapping[str, str] = {"report": "FILE"}
+
+
+class Dtype(str, enum.Enum):
+    """Dtypes that weights can have in memory or be stored in."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+def with_moe_flags(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command a flag for each of the options ``names`` (none: all of them).
+
+    The command takes their values as one mapping, its parameter ``moe_options``, fit for ``MoEOptions.from_kwargs``.
+    """
+    wanted = names or tuple(field.name for field in fields(MoEOptions))
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def run(**values: Any) -> None:
+            options = {name: _plain(values.pop(PREFIX + name)) for name in wanted}
+            command(**values, **{PARAMETER: options})
+
+        own = inspect.signature(command, eval_str=True).parameters.values()
+        parameters = [one for one in own if one.name != PARAMETER] + [_flag(name) for name in wanted]
+        # What typer reads: the signature for order and defaults, the annotations for types.
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {one.name: one.annotation for one in parameters}
+        return run
+
+    return decorate
+
+
+def flag_name(option: str) -> str:
+    """``expert_dtype`` is ``--moe-expert-dtype``."""
+    return "--" + (PREFIX + option).replace("_", "-")
+
+
+def _flag(name: str) -> inspect.Parameter:
+    default = next(field.default for field in fields(MoEOptions) if field.name == name)
+    kind: Any = get_type_hints(MoEOptions)[name]
+    choices = field_choices().get(name)
+    if choices is not None:
+        kind = enum.Enum(name, {choice: choice for choice in choices}, type=str)  # type: ignore[misc, no-redef]
+        default = kind(default)
+    flag = typer.Option(flag_name(name), help=field_help()[name], metavar=_METAVARS.get(name), rich_help_panel=PANEL)
+    return inspect.Parameter(
+        PREFIX + name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, flag]
+    )
+
+
+def _plain(value: object) -> object:
+    return value.value if isinstance(value, enum.Enum) else value

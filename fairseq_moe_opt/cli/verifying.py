@@ -1,0 +1,85 @@
+"""The body of ``moe-opt verify``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fairseq_moe_opt.cli.progress import status
+from fairseq_moe_opt.cli.text_files import checked_line_count, decoded, open_lines
+from fairseq_moe_opt.errors import InputError
+
+if TYPE_CHECKING:
+    from hf_integration.verify import Batch, Comparison
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What to verify, on which text (a file, or None), and how."""
+
+    checkpoint: str
+    text: str | None
+    languages: tuple[str | None, str | None]
+    batch_size: int
+    dtype: str
+    device: str | None
+    capacity: str
+    stock: bool
+
+
+@dataclass(frozen=True)
+class Verified:
+    """The text that was used in words, and what came out, of which ``counted`` decides."""
+
+    description: str
+    comparisons: tuple[Comparison, ...]
+    counted: tuple[Comparison, ...]
+
+
+def run_verification(request: Verification) -> Verified:
+    """Load the checkpoint and compare every way of computing it."""
+    lines = None if request.text is None else _read(request.text)
+    from hf_integration import from_pretrained
+    from hf_integration.translate import choose_device, quiet_host
+    from hf_integration.verify import REFERENCE, STOCK, compare
+
+    quiet_host()
+    device = choose_device(request.device)
+    batches, description = _batches(request, lines)
+    with status(f"loading {request.checkpoint}"):
+        model = from_pretrained(request.checkpoint, dtype=request.dtype, device=device, kernel=REFERENCE)
+    with status("computing"):
+        found = compare(model, batches, capacity=request.capacity, stock=request.stock)
+    counted = tuple(one for one in found if one.name != STOCK)
+    return Verified(f"{description}, {request.dtype} on {device}", tuple(found), counted)
+
+
+def _read(name: str) -> list[str]:
+    checked_line_count(name)
+    with open_lines(name) as stream:
+        lines = [line for line in decoded(stream, name) if line.strip()]
+    if not lines:
+        raise InputError(f"{name}: has no line with text")
+    return lines
+
+
+def _batches(request: Verification, lines: list[str] | None) -> tuple[list[Batch], str]:
+    """What to compute, and in words what it is."""
+    from hf_integration.loading import local_folder, read_config
+    from hf_integration.text import check_languages, source_limit
+    from hf_integration.translate import has_tokenizer, load_tokenizer
+    from hf_integration.verify import SENTENCES, choose_languages, random_batches, text_batches
+
+    config: Any = read_config(local_folder(request.checkpoint))
+    if not has_tokenizer(request.checkpoint):
+        if lines is not None:
+            raise InputError(f"--text needs a tokenizer, and {request.checkpoint} has none")
+        batches = random_batches(config)
+        return batches, f"{len(batches[0].ids)} rows of random tokens (there is no tokenizer)"
+    tokenizer = load_tokenizer(request.checkpoint)
+    languages = choose_languages(tokenizer, *request.languages)
+    check_languages(tokenizer, *languages)
+    texts = list(SENTENCES) if lines is None else lines
+    batches = text_batches(tokenizer, texts, languages, source_limit(config), request.batch_size)
+    where = f" from {languages[0]} to {languages[1]}" if languages[0] else ""
+    return batches, f"{len(texts)} {'built-in ' if lines is None else ''}sentences{where}"

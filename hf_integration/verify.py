@@ -1,0 +1,189 @@
+"""One text through every way of computing the same model: how far the logits are apart, and whether tokens agree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fairseq_moe_opt.moe.kernels import available_kernels
+from hf_integration.optimize import Handle, optimize
+from hf_integration.text import language_codes, source_limit
+from hf_integration.translate import pad_rows
+
+SENTENCES: tuple[str, ...] = (
+    "Save the file before you close the window.",
+    "The password is wrong.",
+    "Click here to open the list of all installed programs, then choose the one to be removed.",
+    "No network connection",
+    "You can change these settings at any time.",
+    "Everyone has the right to freedom of thought, conscience and religion.",
+)
+REFERENCE = "naive"
+STATIC = "static"
+STOCK = "transformers"
+_RANDOM_LENGTHS = (17, 5, 11, 8)
+_SEED = 20240
+
+
+@dataclass(frozen=True)
+class Batch:
+    """(B, T) ids and attention mask, and the settings to generate with."""
+
+    ids: Tensor
+    mask: Tensor
+    generation: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One way of computing against the naive loop, over all batches.
+
+    Attributes:
+        name: ``static``, a kernel, or ``transformers`` for the host's own layers.
+        max_abs: the largest difference of two logits.
+        max_rel: the same, divided by the batch's largest logit of the naive loop.
+        tokens_agree: whether greedy decoding gave the same tokens.
+    """
+
+    name: str
+    max_abs: float
+    max_rel: float
+    tokens_agree: bool
+
+    def agrees(self, tolerance: float) -> bool:
+        """Same tokens, and logits no further apart than ``tolerance``, relatively; NaN never agrees."""
+        return self.tokens_agree and self.max_rel <= tolerance
+
+
+@dataclass(frozen=True)
+class _Result:
+    logits: Tensor
+    tokens: Tensor
+
+
+def compare(
+    model: PreTrainedModel, batches: Sequence[Batch], *, capacity: str = "none", stock: bool = False
+) -> list[Comparison]:
+    """Compare static gating and every kernel that runs here with the naive loop, on a loaded ``model``.
+
+    ``stock`` adds the host's own layers. The model comes back as it was given: optimised the same way, or not.
+    """
+    before = model.moe.options if isinstance(getattr(model, "moe", None), Handle) else None
+    weight = next(model.parameters())
+    ways: dict[str, dict[str, str] | None] = {STATIC: {"gating": "static"}}
+    ways |= {name: {"kernel": name} for name in available_kernels(weight.device, weight.dtype) if name != REFERENCE}
+    if stock:
+        ways[STOCK] = None
+    try:
+        reference = _run_as(model, {"kernel": REFERENCE, "capacity": capacity}, batches, None)
+        results = []
+        for name, options in ways.items():
+            full = None if options is None else {**options, "capacity": capacity}
+            results.append(_difference(name, _run_as(model, full, batches, reference), reference))
+        return results
+    finally:
+        _undo(model)
+        if before is not None:
+            optimize(model, **before.to_dict())
+
+
+def text_batches(
+    tokenizer: Any,
+    lines: Iterable[str],
+    languages: tuple[str | None, str | None],
+    limit: int | None,
+    batch_size: int,
+) -> list[Batch]:
+    """The non-blank ``lines`` as batches; lines longer than ``limit`` tokens are cut."""
+    kept = [line for line in lines if line.strip()]
+    how = {} if limit is None else {"truncation": True, "max_length": limit}
+    batches = []
+    for first in range(0, len(kept), batch_size):
+        texts = kept[first : first + batch_size]
+        build = getattr(tokenizer, "_build_translation_inputs", None)
+        if build is None or languages[0] is None:
+            rows, forced = tokenizer(texts, **how)["input_ids"], {}
+        else:
+            encoded = build(texts, return_tensors=None, src_lang=languages[0], tgt_lang=languages[1], **how)
+            rows, forced = encoded["input_ids"], {"forced_bos_token_id": encoded["forced_bos_token_id"]}
+        batches.append(Batch(*pad_rows(rows, tokenizer.pad_token_id or 0), generation=forced))
+    return batches
+
+
+def random_batches(config: Any) -> list[Batch]:
+    """One batch of random ids with padding, the same every time, for a model without a tokenizer."""
+    generator = torch.Generator().manual_seed(_SEED)
+    first, limit = min(4, config.vocab_size - 1), source_limit(config) or max(_RANDOM_LENGTHS)
+    rows = [
+        torch.randint(first, config.vocab_size, (min(length, limit),), generator=generator).tolist()
+        for length in _RANDOM_LENGTHS
+    ]
+    return [Batch(*pad_rows(rows, config.pad_token_id or 0), generation={})]
+
+
+def choose_languages(tokenizer: Any, source: str | None, target: str | None) -> tuple[str | None, str | None]:
+    """What was given, else English where it is known, else the first; and another language as the target."""
+    codes = language_codes(tokenizer)
+    if not codes:
+        return None, None
+    source = source or next((code for code in codes if code.startswith("en")), codes[0])
+    return source, target or next((code for code in codes if code != source), source)
+
+
+def _run_as(
+    model: PreTrainedModel,
+    options: Mapping[str, str] | None,
+    batches: Sequence[Batch],
+    reference: Sequence[_Result] | None,
+) -> list[_Result]:
+    """Logits and greedy tokens with ``options``, None for the host's own layers.
+
+    Logits are those of the reference's tokens, so that a token that differs does not change what is compared.
+    """
+    _undo(model)
+    if options is not None:
+        optimize(model, **options)
+    results = []
+    for number, batch in enumerate(batches):
+        ids, mask = batch.ids.to(model.device), batch.mask.to(model.device)
+        tokens = _greedy(model, ids, mask, batch.generation)
+        decoder_ids = tokens if reference is None else reference[number].tokens
+        with torch.inference_mode():
+            logits = model(input_ids=ids, attention_mask=mask, decoder_input_ids=decoder_ids).logits
+        results.append(_Result(logits.float(), tokens))
+    return results
+
+
+def _greedy(model: PreTrainedModel, ids: Tensor, mask: Tensor, generation: Mapping[str, Any]) -> Tensor:
+    """(B, T) tokens, at most half as many again as the source has, and 20."""
+    length = ids.shape[1] + ids.shape[1] // 2 + 20
+    tokens: Tensor = type(model).generate(
+        model,
+        input_ids=ids,
+        attention_mask=mask,
+        num_beams=1,
+        do_sample=False,
+        max_length=min(length, source_limit(model.config) or length),
+        **generation,
+    )
+    return tokens
+
+
+def _difference(name: str, results: Sequence[_Result], reference: Sequence[_Result]) -> Comparison:
+    pairs = list(zip(results, reference, strict=True))
+    apart = torch.stack([(mine.logits - theirs.logits).abs().max() for mine, theirs in pairs])
+    scale = torch.stack([theirs.logits.abs().max() for _, theirs in pairs]).clamp(min=1e-30)
+    agree = all(torch.equal(mine.tokens, theirs.tokens) for mine, theirs in pairs)
+    # Tensor.max keeps a NaN, which Python's max may lose.
+    return Comparison(name, float(apart.max()), float((apart / scale).max()), agree)
+
+
+def _undo(model: PreTrainedModel) -> None:
+    handle = getattr(model, "moe", None)
+    if isinstance(handle, Handle):
+        handle.undo()

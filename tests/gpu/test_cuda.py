@@ -1,0 +1,42 @@
+"""The engine on a CUDA device: every kernel that can run there against the naive one, and a whole model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fairseq_moe_opt.moe import GShardTop2Router, PackedExperts, available_kernels
+from hf_integration import optimize
+from tests.helpers.layers import layer_of, random_experts
+from tests.helpers.nllb import batch, logits, tiny_model
+
+pytestmark = pytest.mark.gpu
+
+
+def moved(experts: PackedExperts, device: torch.device) -> PackedExperts:
+    fields = (experts.fc1_weight, experts.fc1_bias, experts.fc2_weight, experts.fc2_bias)
+    return PackedExperts(*(None if tensor is None else tensor.to(device) for tensor in fields))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_kernels_agree_with_naive(device: torch.device, dtype: torch.dtype) -> None:
+    experts = moved(random_experts(6, 32, 64, dtype=dtype), device)
+    gate, tokens = torch.randn(6, 32, device=device), torch.randn(50, 32, device=device, dtype=dtype)
+    results = {}
+    for kernel in available_kernels(device, dtype):
+        layer = layer_of(GShardTop2Router(6), experts, gate=gate, kernel=kernel)
+        with torch.inference_mode():
+            results[kernel] = layer(tokens).output
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    for result in results.values():
+        torch.testing.assert_close(result, results["naive"], rtol=0, atol=tolerance)
+
+
+def test_a_model_on_the_gpu_equals_itself_on_the_cpu(device: torch.device) -> None:
+    model, inputs = tiny_model(), batch()
+    optimize(model)
+    expected = logits(model, inputs)
+    model.to(device)
+    actual = logits(model, {name: tensor.to(device) for name, tensor in inputs.items()})
+    torch.testing.assert_close(actual.cpu(), expected, rtol=0, atol=1e-4)
+    assert model.moe.report().peak_memory_kind == "cuda allocated"
