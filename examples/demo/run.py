@@ -37,9 +37,8 @@ from rich.table import Table
 from torch import Tensor
 
 from fairseq_moe_opt.errors import MoEError
-from fairseq_moe_opt.moe.report import Report
+from fairseq_moe_opt.moe.report import Report, write_report
 from hf_integration import from_pretrained
-from hf_integration.optimize import write_report
 from hf_integration.translate import load_tokenizer, pad_rows, quiet_host, translate_lines
 
 HERE = Path(__file__).resolve().parent

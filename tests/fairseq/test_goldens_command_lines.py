@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from fairseq_cli import eval_lm
 from fairseq_cli import generate as generate_command
 
 import fairseq_moe_opt
-from tests.helpers.goldens import FAIRSEQ_GOLDENS
+from tests.helpers.goldens import FAIRSEQ_GOLDENS, read_json
 
 fairseq_moe_opt.register_fairseq()
 
@@ -131,10 +132,29 @@ def run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_the_published_command_line_of_nllb(tmp_path: Path) -> None:
     model = FAIRSEQ_GOLDENS / "F_multilingual"
     path = ["--path", str(model / "checkpoint_last.pt"), "--cpu", "--model-overrides", NLLB_OVERRIDES]
-    done = run("fairseq_cli.generate", str(DATA / "bin"), *NLLB, *path, "--results-path", str(tmp_path))
+    report = tmp_path / "report.json"
+    outputs = ["--results-path", str(tmp_path), "--moe-report", str(report)]
+    done = run("fairseq_cli.generate", str(DATA / "bin"), *NLLB, *path, *outputs)
     assert done.returncode == 0, done.stderr
+    written = read_json(report)
+    assert written["options"]["capacity"] == "checkpoint"
+    assert written["options"]["capacity_implied_by"] == "moe_eval_capacity_token_fraction"
+    assert [layer["dropped_rows"] for layer in written["layers"]] == [0, 0, 0, 0]
+    assert written["tokens"]["encoder"] > 48
     found = (tmp_path / "generate-test.txt").read_text(encoding="utf-8")
     check_text(found, (model / "cli_ws2_nllb_style.txt").read_text(encoding="utf-8"))
+
+
+def test_an_error_is_one_line_that_names_the_file(tmp_path: Path) -> None:
+    for part in ("shared", "rank-1"):
+        shutil.copy(FAIRSEQ_GOLDENS / "A_top2_eom" / f"checkpoint_last-{part}.pt", tmp_path / f"x-{part}.pt")
+    done = run(
+        "fairseq_cli.generate", str(DATA / "bin"), "--path", str(tmp_path / "x.pt"), "--cpu", "--batch-size", "8"
+    )
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert "x-rank-0.pt is missing" in last
 
 
 def word_scores(lines: list[str]) -> dict[int, list[tuple[str, float]]]:
