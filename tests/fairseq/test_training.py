@@ -174,9 +174,30 @@ def test_a_dense_model_is_one_file_as_ever(tmp_path: Path, monkeypatch: pytest.M
     assert {"checkpoint_last.pt"} <= written(tmp_path) <= {"checkpoint_last.pt", "checkpoint_best.pt"}
 
 
-def test_a_language_model_trains_and_is_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fine_tuning_starts_from_rank_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a learning rate of 0 the result is the branches' checkpoint itself."""
+    shape = "--max-source-positions 64 --max-target-positions 64 --share-all-embeddings"
+    for side in ("encoder", "decoder"):
+        shape += f" --{side}-layers 4 --{side}-embed-dim 64 --{side}-ffn-embed-dim 128 --{side}-attention-heads 4"
+        shape += f" --{side}-normalize-before"
+    experts = EXPERTS.replace("count 4", "count 8")
+    arguments = f"-s src -t tgt --arch transformer {shape} {experts} {COMMON} --lr 0 --max-update 1 --max-tokens 600"
+    start = ["--finetune-from-model", str(FAIRSEQ_GOLDENS / "A_top2_eom" / "checkpoint_last.pt")]
+    folder = ["--save-dir", str(tmp_path), "--no-epoch-checkpoints", "--criterion", "moe_cross_entropy"]
+    command(monkeypatch, train.cli_main, str(DATA / "bin"), *arguments.split(), *start, *folder)
+    tuned = checkpoint_utils.load_checkpoint_to_cpu(str(tmp_path / "checkpoint_last.pt"))["model"]
+    original = checkpoint_utils.load_checkpoint_to_cpu(start[1].replace("last.pt", "single.pt"))["model"]
+    same = [name for name in tuned if name in original and torch.equal(tuned[name], original[name])]
+    assert {name for name in tuned if "expert" in name} <= set(same)
+    assert len(same) > 280
+
+
+@pytest.mark.parametrize("architecture", ["transformer_lm_gpt", "transformer_lm_moe_15b"])
+def test_a_language_model_trains_and_is_evaluated(
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shape = "--decoder-layers 2 --decoder-embed-dim 16 --decoder-ffn-embed-dim 32 --decoder-attention-heads 2"
-    arguments = f"--task language_modeling --arch transformer_lm_gpt {shape} --tokens-per-sample 32 {EXPERTS} {COMMON}"
+    arguments = f"--task language_modeling --arch {architecture} {shape} --tokens-per-sample 32 {EXPERTS} {COMMON}"
     arguments += " --criterion moe_cross_entropy --moe-gate-loss-wt 0.01 --batch-size 4"
     folder = ["--save-dir", str(tmp_path), "--no-epoch-checkpoints"]
     command(monkeypatch, train.cli_main, str(DATA / "binlm"), *arguments.split(), *folder)
