@@ -76,8 +76,22 @@ def load_balancing_loss(probabilities: Tensor, first_choice: Tensor) -> Tensor:
     return (probabilities.mean(dim=0) * share).mean() * num_experts * num_experts
 
 
-def _drop(index: Tensor, slots: Tensor, capacity: int, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Choices whose slot is beyond ``capacity`` become expert E; also how many there were (0-dim)."""
+def _capacity(rule: CapacityRule | None, num_tokens: int, num_experts: int, top_k: int, training: bool) -> int | None:
+    return None if rule is None else rule.capacity(num_tokens, num_experts, top_k, training=training)
+
+
+def _can_bind(capacity: int | None, num_tokens: int) -> bool:
+    """A token's experts differ, so none is asked for more than T rows: a capacity of T or more drops nothing."""
+    return capacity is not None and capacity < num_tokens
+
+
+def _drop(index: Tensor, slots: Tensor | None, capacity: int | None, num_experts: int) -> tuple[Tensor, Tensor | None]:
+    """Choices whose slot is beyond ``capacity`` become expert E; also how many there were (0-dim).
+
+    Without slots, or without a capacity, nothing is dropped.
+    """
+    if slots is None or capacity is None:
+        return index, None
     over = (slots >= capacity) & (index != num_experts)
     return index.masked_fill(over, num_experts), over.sum()
 
@@ -148,18 +162,10 @@ class GShardTop2Router:
         if self.normalize_before_dropping:
             first, second = _normalised(first, second)
         index = self._mask(index, second, padding)
-        capacity = (
-            None
-            if self.capacity is None
-            else self.capacity.capacity(logits.shape[0], self.num_experts, 2, training=training)
-        )
-        # A token's two experts differ, so no expert is asked for more than T rows: such a capacity cannot bind.
-        binding = capacity if capacity is not None and capacity < logits.shape[0] else None
-        slots = self._slots(index, probabilities) if binding is not None or with_slots else None
+        capacity = _capacity(self.capacity, logits.shape[0], self.num_experts, self.top_k, training)
+        slots = self._slots(index, probabilities) if with_slots or _can_bind(capacity, logits.shape[0]) else None
         aux_loss = load_balancing_loss(probabilities, index[:, 0]) if with_aux_loss else None
-        dropped = None
-        if binding is not None and slots is not None:
-            index, dropped = _drop(index, slots, binding, self.num_experts)
+        index, dropped = _drop(index, slots, capacity, self.num_experts)
         weight = self._weights(index, first, second).to(model_dtype)
         return Routing(index, weight, self.num_experts, capacity, slots, dropped, aux_loss)
 
@@ -228,17 +234,12 @@ class Top1Router:
         weight, index = probabilities.max(dim=-1, keepdim=True)
         if padding is not None:
             index = index.masked_fill(padding.unsqueeze(1), self.num_experts)
-        capacity = (
-            None
-            if self.capacity is None
-            else self.capacity.capacity(logits.shape[0], self.num_experts, 1, training=training)
+        capacity = _capacity(self.capacity, logits.shape[0], self.num_experts, self.top_k, training)
+        slots = (
+            first_come_slots(index, self.num_experts) if with_slots or _can_bind(capacity, logits.shape[0]) else None
         )
-        binding = capacity if capacity is not None and capacity < logits.shape[0] else None
-        slots = first_come_slots(index, self.num_experts) if binding is not None or with_slots else None
         aux_loss = load_balancing_loss(probabilities, index[:, 0]) if with_aux_loss else None
-        dropped = None
-        if binding is not None and slots is not None:
-            index, dropped = _drop(index, slots, binding, self.num_experts)
+        index, dropped = _drop(index, slots, capacity, self.num_experts)
         weight = (weight * (index != self.num_experts)).to(model_dtype or logits.dtype)
         return Routing(index, weight, self.num_experts, capacity, slots, dropped, aux_loss)
 
