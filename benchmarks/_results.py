@@ -14,6 +14,8 @@ from rich.table import Table
 WRONG = "WRONG"
 EQUAL = "equal"
 PHASES = ("encoder", "decoder")
+BOTH = "generate"
+"""Encoding and decoding together: what a call of ``generate`` takes."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ class Row:
         token_agreement: share of positions with the same token as that side.
         verdict: ``equal`` or ``WRONG`` in float32; empty in bfloat16, which may round to another token.
         tokens_per_second: by phase, median over rounds.
-        ratios: label to phase to the median over rounds of how many times faster it is than the labelled side.
+        ratios: label to phase, or ``generate`` for both, to the median over rounds of how many times
+            faster it is than the labelled side.
         seconds: by phase, every round.
         peak_bytes: of its process, while it ran this case.
         load_peak_bytes: of its process, while it loaded the model.
@@ -94,6 +97,13 @@ def speedup(seconds: Sequence[float], baseline: Sequence[float]) -> float:
     return median(theirs / ours for ours, theirs in zip(seconds, baseline, strict=True))
 
 
+def seconds_of(timing: Timing, phase: str) -> list[float]:
+    """Seconds of every round, of one phase or of both together."""
+    if phase != BOTH:
+        return timing.seconds[phase]
+    return [sum(parts) for parts in zip(*(timing.seconds[one] for one in PHASES), strict=True)]
+
+
 def rows_of(measured: Sequence[Measured], cases: Sequence[Case], baseline: Baseline | None) -> list[Row]:
     """Rows in the order of cases, then sides; without a ``baseline`` no side ran, and none is right."""
     right = baseline or Baseline("none", {})
@@ -135,7 +145,7 @@ def _ratios(one: Measured, index: int, measured: Sequence[Measured]) -> Iterator
             continue
         yield (
             ratio_label(other.side.name, one.side.dtype, other.side.dtype),
-            {phase: speedup(seconds.seconds[phase], theirs.seconds[phase]) for phase in PHASES},
+            {phase: speedup(seconds_of(seconds, phase), seconds_of(theirs, phase)) for phase in (*PHASES, BOTH)},
         )
 
 
@@ -148,7 +158,7 @@ def ratio_label(name: str, dtype: str, other_dtype: str) -> str:
 def table_of(rows: Sequence[Row], dtype: str) -> Table:
     """The rows measured together with ``dtype`` sides, a block a batch size."""
     labels = list(dict.fromkeys(label for row in rows for label in row.ratios if row.dtype == dtype))
-    table = Table(title=f"{dtype}: tokens a second, and how many times faster (encoder / decoder)")
+    table = Table(title=f"{dtype}: tokens a second, and how many times faster (encoder / decoder / both)")
     table.add_column("batch", justify="right")
     table.add_column("side", no_wrap=True)
     for heading in (*PHASES, *(f"x {label}".replace(" (", "\n(") for label in labels), "peak GiB"):

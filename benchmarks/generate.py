@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import os
 import platform
+import signal
+import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -172,4 +174,6 @@ def main(
 
 
 if __name__ == "__main__":
+    # Told to stop, leave through the context managers: the model in the temporary folder is 2 GB.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     app()

@@ -99,7 +99,7 @@ def test_rows_hold_every_column(quick_run: QuickRun) -> None:
         assert f"{row['tokens_per_second']['decoder']:,.1f}" in quick_run.output
     stock = quick_run.row("Transformers 5 as shipped")
     assert stock["transformers"] == transformers.__version__
-    assert stock["ratios"]["5.x"] == {"encoder": 1.0, "decoder": 1.0}
+    assert stock["ratios"]["5.x"] == {"encoder": 1.0, "decoder": 1.0, "generate": 1.0}
 
 
 @pytest.mark.slow
@@ -138,6 +138,12 @@ def test_speedup_is_the_median_of_ratios_within_a_round(modules: Modules) -> Non
     assert modules.results.speedup([1.0, 3.0, 1.0], [2.0, 6.0, 30.0]) == 2.0
 
 
+def test_both_phases_together_are_summed_round_by_round(modules: Modules) -> None:
+    timing = modules.sides.Timing({"encoder": [1.0, 3.0], "decoder": [4.0, 5.0]})
+    assert modules.results.seconds_of(timing, "generate") == [5.0, 8.0]
+    assert modules.results.seconds_of(timing, "decoder") == [4.0, 5.0]
+
+
 def _measured(modules: Modules, name: str, dtype: str, seconds: float, token: int) -> Any:
     timing = modules.sides.Timing({"encoder": [seconds], "decoder": [2 * seconds]}, [[token, 7]], 2**30)
     return modules.rounds.Measured(modules.sides.Side(name, dtype), {"transformers": "4.57.1"}, (timing,))
@@ -153,8 +159,8 @@ def test_ratios_between_dtypes_are_labelled(modules: Modules) -> None:
     cases = [modules.sides.Case(batch=1, source_tokens=10, new_tokens=2)]
     rows = modules.results.rows_of(measured, cases, modules.results.baseline_of(measured, cases))
     assert rows[2].ratios == {
-        "4.57.1 float32 (cross-dtype)": {"encoder": 2.0, "decoder": 2.0},
-        "4.57.1": {"encoder": 1.5, "decoder": 1.5},
+        "4.57.1 float32 (cross-dtype)": {"encoder": 2.0, "decoder": 2.0, "generate": 2.0},
+        "4.57.1": {"encoder": 1.5, "decoder": 1.5, "generate": 1.5},
     }
     assert rows[2].tokens_per_second == {"encoder": 5.0, "decoder": 0.5}
     assert (rows[2].token_agreement, rows[2].verdict) == (0.5, "")
