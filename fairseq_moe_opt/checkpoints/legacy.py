@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -46,8 +47,19 @@ def _weight_files(path: Path) -> tuple[Path, ...]:
 def _load(path: Path) -> object:
     """Loads one file with torch's own restricted unpickler."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with _namespaces_allowed():
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files fail in many ways; the reason's first line is enough
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(path, f"cannot be loaded: {reason}") from error
+
+
+def _namespaces_allowed() -> AbstractContextManager[object]:
+    """Lets torch.load build Namespaces for a while.
+
+    torch forbids on leaving whatever it was given here, also what the process had allowed before (as the fairseq
+    plugin does), so nothing is given that is allowed already.
+    """
+    if argparse.Namespace in torch.serialization.get_safe_globals():
+        return nullcontext()
+    return torch.serialization.safe_globals([argparse.Namespace])
