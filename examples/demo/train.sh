@@ -26,14 +26,9 @@ if [ ! -f "$out/data/train.src-tgt.src.idx" ]; then
         --srcdict "$dict" --joined-dictionary --destdir "$out/data"
 fi
 
-# The sizes are the checkpoint's. The first target token is the language, which is given, not learned.
+# architecture.args is the checkpoint's. The first target token is the language, which is given, not learned.
 fairseq-train "$out/data" --user-dir "$(moe-opt user-dir)" --task translation -s src -t tgt \
-    --arch transformer_moe --share-all-embeddings \
-    --encoder-layers 4 --encoder-embed-dim 192 --encoder-ffn-embed-dim 384 --encoder-attention-heads 4 \
-    --decoder-layers 4 --decoder-embed-dim 192 --decoder-ffn-embed-dim 384 --decoder-attention-heads 4 \
-    --encoder-normalize-before --decoder-normalize-before --max-source-positions 256 --max-target-positions 256 \
-    --moe-freq 2 --moe-expert-count 16 --moe-second-expert-policy all --moe-gating-use-fp32 --moe-eom 0.1 \
-    --use-moe-pad-mask --moe-eval-capacity-token-fraction 1.0 \
+    $(< "$here/architecture.args") \
     --criterion moe_label_smoothed_cross_entropy --label-smoothing 0.1 --ignore-prefix-size 1 \
     --moe-gate-loss-wt 0.01 --moe-gate-loss-combine-method sum --dropout 0.0 \
     --optimizer adam --adam-betas '(0.9, 0.98)' --clip-norm 1.0 --bf16 --cpu \
