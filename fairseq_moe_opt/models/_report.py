@@ -58,6 +58,13 @@ class ModelHandle:
         for block in self.blocks:
             block.engine.counters.reset()
 
+    def run_as(self, options: MoEOptions) -> None:
+        """Run the same weights as ``options`` say from now on; counters start anew."""
+        self.options, self._implied_by = options, None
+        for block in self.blocks:
+            block.run_as(options)
+        self.reset()
+
     def write_at_exit(self) -> None:
         """Write the report where the options ask for it when the process ends: a command line is one process."""
         if self.options.report is not None:
