@@ -17,7 +17,7 @@ from typing import Any, final
 
 from fairseq_moe_opt.checkpoints.records import CheckpointIndex, TensorRecord
 from fairseq_moe_opt.checkpoints.restricted import plain
-from fairseq_moe_opt.checkpoints.torch_zip import only_tensors, open_torch_zip, tensor_records
+from fairseq_moe_opt.checkpoints.torch_zip import TorchZip, only_tensors, open_torch_zip, tensor_records
 from fairseq_moe_opt.errors import CheckpointError
 
 FORMAT = "fairseq"
@@ -85,6 +85,25 @@ def weight_files(path: Path) -> tuple[Path, ...]:
     return (files.shared, *(files.ranks[rank] for rank in sorted(files.ranks)))
 
 
+def open_file(path: Path) -> TorchZip:
+    """One file's pickle, whose ``content`` has a ``model`` entry; CheckpointError for any other kind of file."""
+    archive = open_torch_zip(path)
+    if not isinstance(archive.content, Mapping) or not isinstance(archive.content.get("model"), Mapping):
+        raise CheckpointError(path, "is not a fairseq checkpoint: it has no `model` entry")
+    return archive
+
+
+def is_expert(name: str) -> bool:
+    """The branches' rule on which tensors go into rank files; the gates (``gate.wg``) do not."""
+    return "expert" in name and "expert_centroids" not in name
+
+
+def split_expert(name: str) -> tuple[str, int, str] | None:
+    """An expert's tensor name as what stands before its number, the number, and what follows; None for others."""
+    match = _EXPERT.fullmatch(name)
+    return (match["before"], int(match["number"]), match["after"]) if match else None
+
+
 def folder_of(path: Path) -> Path:
     """The folder in which a checkpoint's files lie, whichever way it is given."""
     return path if path.is_dir() else path.parent
@@ -146,10 +165,8 @@ def _without_gap(files: _Files) -> list[int]:
 
 
 def _open_part(path: Path) -> _Part:
-    archive = open_torch_zip(path)
+    archive = open_file(path)
     content = archive.content
-    if not isinstance(content, Mapping) or not isinstance(content.get("model"), Mapping):
-        raise CheckpointError(path, "is not a fairseq checkpoint: it has no `model` entry")
     tensors = tensor_records(archive, only_tensors(content["model"]))
     return _Part(path, tensors, _plain_cfg(content), _num_updates(content))
 
@@ -196,7 +213,7 @@ def _expert_count(tensors: Mapping[str, TensorRecord]) -> int:
 
 def _local_count(part: _Part) -> int:
     """How many experts of each layer one rank file holds."""
-    numbers = {int(match["number"]) for name in part.tensors if (match := _EXPERT.fullmatch(name))}
+    numbers = {parts[1] for name in part.tensors if (parts := split_expert(name))}
     if numbers != set(range(len(numbers))):
         raise CheckpointError(part.path, f"its experts are not numbered 0 to {len(numbers) - 1}")
     return len(numbers)
@@ -224,9 +241,9 @@ def _merge(parts: Iterable[_Part]) -> dict[str, TensorRecord]:
     for rank, part in enumerate(parts):
         local = _local_count(part)
         for name, record in part.tensors.items():
-            match = _EXPERT.fullmatch(name)
-            if match:
-                name = f"{match['before']}{rank * local + int(match['number'])}{match['after']}"
+            if parts_of_name := split_expert(name):
+                before, number, after = parts_of_name
+                name = f"{before}{rank * local + number}{after}"
             merged[name] = replace(record, name=name)
     return merged
 

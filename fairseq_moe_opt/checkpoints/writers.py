@@ -77,7 +77,7 @@ def _write_file(path: Path, outputs: Sequence[Output]) -> None:
         stream.write(len(header).to_bytes(8, "little") + header)
         for output in outputs:
             tensor = read_tensor(output.record).to(output.dtype).contiguous()
-            stream.write(_bytes_of(tensor))
+            stream.write(bytes_of(tensor))
 
 
 def _header(path: Path, outputs: Sequence[Output]) -> bytes:
@@ -94,7 +94,7 @@ def _header(path: Path, outputs: Sequence[Output]) -> bytes:
     return text + b" " * (-len(text) % 8)
 
 
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
+def bytes_of(tensor: torch.Tensor) -> memoryview:
     """A contiguous CPU tensor's memory, whatever its dtype (numpy has no bfloat16)."""
     size = tensor.numel() * tensor.element_size()
     if size == 0:
