@@ -66,7 +66,7 @@ def read_index(path: Path, replication_count: int | None = None) -> CheckpointIn
     shared = _open_part(files.shared)
     parts = [_open_part(files.ranks[rank]) for rank in _without_gap(files)]
     _require_same_checkpoint(shared, parts)
-    experts = _expert_count(shared.tensors)
+    experts = expert_count(shared.tensors)
     copies = _replication(files.shared, parts, experts, replication_count)
     records = {**shared.tensors, **_merge(parts[: len(parts) // copies])}
     _require_experts(files.shared, records, experts)
@@ -91,6 +91,12 @@ def open_file(path: Path) -> TorchZip:
     if not isinstance(archive.content, Mapping) or not isinstance(archive.content.get("model"), Mapping):
         raise CheckpointError(path, "is not a fairseq checkpoint: it has no `model` entry")
     return archive
+
+
+def is_part(path: Path) -> bool:
+    """Whether a name is that of a shared or rank file."""
+    match = _NAME.fullmatch(path.name)
+    return match is not None and path.name != f"{match['stem']}.pt"
 
 
 def is_expert(name: str) -> bool:
@@ -206,7 +212,7 @@ def _signature(part: _Part) -> dict[str, tuple[object, ...]]:
     return {name: (record.dtype, record.shape) for name, record in part.tensors.items()}
 
 
-def _expert_count(tensors: Mapping[str, TensorRecord]) -> int:
+def expert_count(tensors: Mapping[str, TensorRecord]) -> int:
     """How many experts the routers choose from; 0 for a dense model."""
     return max((record.shape[0] for name, record in tensors.items() if name.endswith(_GATE)), default=0)
 

@@ -94,7 +94,8 @@ class _Pickler(pickle.Pickler):
         for extent in shape:
             numel *= extent
         storage = _StorageId(self._keys[place], dtype, numel)
-        arguments = (storage, 0, shape, contiguous_stride(shape), False, OrderedDict())
+        hooks: OrderedDict[int, object] = OrderedDict()
+        arguments = (storage, 0, shape, contiguous_stride(shape), False, hooks)
         return torch._utils._rebuild_tensor_v2, arguments
 
 

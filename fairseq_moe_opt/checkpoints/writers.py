@@ -34,6 +34,11 @@ class Output:
         return self.record.numel * self.dtype.itemsize
 
 
+def float_dtype(record: TensorRecord, wanted: torch.dtype | None) -> torch.dtype:
+    """The dtype to store: only floating tensors are ever converted."""
+    return wanted if wanted is not None and record.dtype.is_floating_point else record.dtype
+
+
 def write_safetensors(folder: Path, outputs: Sequence[Output], shard_bytes: int = SHARD_BYTES) -> list[Path]:
     """Writes ``outputs`` into ``folder`` as Transformers names them: one file, or shards with an index."""
     shards = plan_shards(outputs, shard_bytes)

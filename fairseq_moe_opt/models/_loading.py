@@ -35,7 +35,6 @@ from fairseq_moe_opt.models._arguments import (
     read_arguments,
 )
 
-_PART = re.compile(r".+-(?:shared|rank-\d+)\.pt")
 _ELSEWHERE = re.compile(r"moe_(?:gate_loss_.*|cmr_xgpu|generation)")
 """Arguments of the branches that are not the model's: accepted among overrides, without effect on inference."""
 
@@ -81,11 +80,11 @@ def _is_parted(path: Path) -> bool:
     """Whether ``path`` means a checkpoint of shared and rank files."""
     if path.suffix != ".pt":
         return False
-    return bool(_PART.fullmatch(path.name)) if path.is_file() else reader.supports_path(path)
+    return reader.is_part(path) if path.is_file() else reader.supports_path(path)
 
 
 def _why_not_ours(path: Path) -> CheckpointError | None:
-    """Why a file is left to fairseq's own loading: no experts in it, or not readable here; None for one with experts."""
+    """Why a file is left to fairseq: it has no experts, or is not readable here. None for one that is ours."""
     try:
         model = reader.open_file(path).content["model"]
     except CheckpointError as error:

@@ -90,9 +90,8 @@ class _LoadsInPlace:
         super().upgrade_state_dict(state_dict)  # type: ignore[misc]
         for name, parameter in cast(nn.Module, self).named_parameters():
             if name.endswith("embed_tokens.weight") and name in state_dict:
-                lazy = isinstance(state_dict, LazyStateDict)
-                have = state_dict.shape_of(name)[0] if lazy else len(state_dict[name])
-                want = len(parameter)
+                stored = state_dict.shape_of(name) if isinstance(state_dict, LazyStateDict) else state_dict[name].shape
+                have, want = stored[0], len(parameter)
                 if have != want:
                     raise OptionError(
                         "data",
