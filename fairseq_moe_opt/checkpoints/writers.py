@@ -34,6 +34,11 @@ class Output:
         return self.record.numel * self.dtype.itemsize
 
 
+def float_dtype(record: TensorRecord, wanted: torch.dtype | None) -> torch.dtype:
+    """The dtype to store: only floating tensors are ever converted."""
+    return wanted if wanted is not None and record.dtype.is_floating_point else record.dtype
+
+
 def write_safetensors(folder: Path, outputs: Sequence[Output], shard_bytes: int = SHARD_BYTES) -> list[Path]:
     """Writes ``outputs`` into ``folder`` as Transformers names them: one file, or shards with an index."""
     shards = plan_shards(outputs, shard_bytes)
@@ -77,7 +82,7 @@ def _write_file(path: Path, outputs: Sequence[Output]) -> None:
         stream.write(len(header).to_bytes(8, "little") + header)
         for output in outputs:
             tensor = read_tensor(output.record).to(output.dtype).contiguous()
-            stream.write(_bytes_of(tensor))
+            stream.write(bytes_of(tensor))
 
 
 def _header(path: Path, outputs: Sequence[Output]) -> bytes:
@@ -94,7 +99,7 @@ def _header(path: Path, outputs: Sequence[Output]) -> bytes:
     return text + b" " * (-len(text) % 8)
 
 
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
+def bytes_of(tensor: torch.Tensor) -> memoryview:
     """A contiguous CPU tensor's memory, whatever its dtype (numpy has no bfloat16)."""
     size = tensor.numel() * tensor.element_size()
     if size == 0:
