@@ -1,15 +1,14 @@
 """The demo's fairseq half: the same model in fairseq's own layout, run by ``fairseq-generate``.
 
-Converts the demo's Transformers folder, writes sentences as the pieces that its tokenizer makes, runs fairseq's command
-line once with static and once with dynamic gating, and compares the greedy hypotheses: of the two, and with those that
-Transformers gives. fairseq runs in processes of its own.
+Converts the demo's Transformers folder, binarises sentences as the pieces that its tokenizer makes, runs fairseq's
+command line once with static and once with dynamic gating, and compares the greedy hypotheses: of the two, and with
+those that Transformers gives. fairseq runs in processes of its own.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -43,16 +42,18 @@ class Task:
 
     Attributes:
         model: the Transformers folder.
-        sentences: the source text.
+        pairs: sentences and their reference translations.
         source, target: languages.
+        languages: all of the model's.
         batch_size: sentences computed together.
         threads: CPU threads.
     """
 
     model: Path
-    sentences: Sequence[str]
+    pairs: Sequence[tuple[str, str]]
     source: str
     target: str
+    languages: Sequence[str]
     batch_size: int
     threads: int
 
@@ -66,7 +67,7 @@ class Generated:
 
 
 class FairseqError(Exception):
-    """``fairseq-generate`` failed; the message is the end of what it printed."""
+    """A command of fairseq failed; the message ends with the end of what it printed."""
 
 
 def is_installed() -> bool:
@@ -76,18 +77,12 @@ def is_installed() -> bool:
 
 def compare(console: Console, task: Task, tokenizer: Any) -> bool:
     """Run both gatings and print what came of it; whether their hypotheses are equal."""
-    encoded = tokenizer._build_translation_inputs(
-        list(task.sentences), return_tensors=None, src_lang=task.source, tgt_lang=task.target
-    )
-    ids = encoded["input_ids"]
-    pieces = [tokenizer.convert_ids_to_tokens(row) for row in ids]
     with tempfile.TemporaryDirectory(prefix="moe-demo-") as name:
         folder = Path(name)
         checkpoint = to_fairseq(task.model, folder / "model")
-        write_data(folder / "data", checkpoint.parent / "dict.txt", pieces, task.target)
-        generated = {gating: generate(folder / "data", checkpoint, gating, task) for gating in GATINGS}
-    transformers = greedy_with_transformers(task, tokenizer, ids, encoded["forced_bos_token_id"])
-    show(console, task, generated, transformers)
+        data = binarise(folder, checkpoint.parent / "dict.txt", task, tokenizer)
+        generated = {gating: generate(data, checkpoint, gating, task, tokenizer) for gating in GATINGS}
+    show(console, task, generated, greedy_with_transformers(task, tokenizer))
     return generated["static"].hypotheses == generated["dynamic"].hypotheses
 
 
@@ -99,49 +94,72 @@ def to_fairseq(model: Path, folder: Path) -> Path:
     return checkpoint
 
 
-def write_data(folder: Path, dictionary: Path, rows: Sequence[Sequence[str]], target: str) -> None:
-    """Text for ``--dataset-impl raw``: the pieces of each source, of each target only the language it begins with."""
-    folder.mkdir()
-    for side in ("src", "tgt"):
-        shutil.copyfile(dictionary, folder / f"dict.{side}.txt")
-    # Without the end token, which fairseq puts behind every line itself.
-    sources = [" ".join(row[:-1]) for row in rows]
-    for side, lines in (("src", sources), ("tgt", [target] * len(rows))):
-        (folder / f"test.src-tgt.{side}").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+def binarise(folder: Path, dictionary: Path, task: Task, tokenizer: Any) -> Path:
+    """The text in pieces through ``fairseq-preprocess``; the folder of its data.
+
+    fairseq adds languages and end tokens itself, at generation.
+    """
+    prefix, data = folder / "test", folder / "data"
+    for language, texts in zip((task.source, task.target), zip(*task.pairs, strict=True), strict=True):
+        lines = [" ".join(tokenizer.tokenize(text)) for text in texts]
+        Path(f"{prefix}.{language}").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    run_fairseq(
+        "preprocess",
+        *("--source-lang", task.source, "--target-lang", task.target, "--testpref", str(prefix)),
+        *("--srcdict", str(dictionary), "--joined-dictionary", "--destdir", str(data)),
+    )
+    return data
 
 
-def command(data: Path, checkpoint: Path, gating: str, batch_size: int) -> list[str]:
-    """The arguments of ``fairseq-generate``: greedy, the first token of the target forced."""
-    return [
+def generate(data: Path, checkpoint: Path, gating: str, task: Task, tokenizer: Any) -> Generated:
+    """Translate greedily with ``fairseq-generate``: NLLB's task, its languages in the order of their ids."""
+    languages = sorted(task.languages, key=tokenizer.convert_tokens_to_ids)
+    printed = run_fairseq(
+        "generate",
         str(data),
         *("--user-dir", str(Path(fairseq_moe_opt.__file__).parent)),
         *("--path", str(checkpoint), "--moe-gating", gating),
-        *("--task", "translation", "-s", "src", "-t", "tgt", "--dataset-impl", "raw"),
-        *("--beam", "1", "--prefix-size", "1", "--max-len-b", str(MAX_TOKENS)),
-        *("--batch-size", str(batch_size), "--required-batch-size-multiple", "1", "--cpu"),
-    ]
+        *("--task", "translation_multi_simple_epoch", "--langs", ",".join(languages)),
+        *("--lang-pairs", f"{task.source}-{task.target}"),
+        *("--source-lang", task.source, "--target-lang", task.target),
+        *("--encoder-langtok", "src", "--decoder-langtok"),
+        *("--beam", "1", "--max-len-b", str(MAX_TOKENS)),
+        *("--batch-size", str(task.batch_size), "--required-batch-size-multiple", "1", "--cpu"),
+        threads=task.threads,
+    )
+    speed = _SPEED.search(printed)
+    if speed is None:
+        raise FairseqError(f"fairseq-generate did not say how fast it was:\n{_end_of(printed)}")
+    found = {int(number): pieces for number, pieces in _HYPOTHESIS.findall(printed)}
+    return Generated([found[number] for number in sorted(found)], float(speed.group(1).replace(",", "")))
 
 
-def generate(data: Path, checkpoint: Path, gating: str, task: Task) -> Generated:
-    """Run ``fairseq-generate``; FairseqError when it fails."""
+def run_fairseq(name: str, *arguments: str, threads: int = 1) -> str:
+    """Run ``fairseq-NAME`` and return what it printed; FairseqError when it fails."""
     done = subprocess.run(
-        [sys.executable, "-m", "fairseq_cli.generate", *command(data, checkpoint, gating, task.batch_size)],
-        env={**os.environ, "OMP_NUM_THREADS": str(task.threads)},
+        [sys.executable, "-m", f"fairseq_cli.{name}", *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         encoding="utf-8",
     )
-    speed = _SPEED.search(done.stdout)
-    if done.returncode != 0 or speed is None:
-        raise FairseqError("\n".join(done.stdout.splitlines()[-5:]))
-    found = {int(number): pieces for number, pieces in _HYPOTHESIS.findall(done.stdout)}
-    return Generated([found[number] for number in sorted(found)], float(speed.group(1).replace(",", "")))
+    if done.returncode != 0:
+        raise FairseqError(f"fairseq-{name} failed:\n{_end_of(done.stdout)}")
+    return done.stdout
 
 
-def greedy_with_transformers(task: Task, tokenizer: Any, ids: Sequence[Sequence[int]], forced: int) -> list[str]:
-    """The pieces of every greedy hypothesis, as ``fairseq-generate`` prints them."""
+def _end_of(printed: str) -> str:
+    return "\n".join(printed.splitlines()[-5:])
+
+
+def greedy_with_transformers(task: Task, tokenizer: Any) -> list[str]:
+    """The pieces of every greedy hypothesis, as ``fairseq-generate`` prints them: without the language token."""
     model: Any = from_pretrained(task.model, dtype="float32")
+    encoded = tokenizer._build_translation_inputs(
+        [sentence for sentence, _ in task.pairs], return_tensors=None, src_lang=task.source, tgt_lang=task.target
+    )
+    ids = encoded["input_ids"]
     order = sorted(range(len(ids)), key=lambda place: len(ids[place]))
     hypotheses = [""] * len(ids)
     for first in range(0, len(order), task.batch_size):
@@ -150,12 +168,12 @@ def greedy_with_transformers(task: Task, tokenizer: Any, ids: Sequence[Sequence[
         output: torch.Tensor = model.generate(
             input_ids=padded,
             attention_mask=mask,
-            forced_bos_token_id=forced,
+            forced_bos_token_id=encoded["forced_bos_token_id"],
             num_beams=1,
             max_new_tokens=MAX_TOKENS,
         )
-        # The first token of every row is the one that decoding starts from.
-        for place, row in zip(places, output[:, 1:].tolist(), strict=True):
+        # Every row begins with the token that decoding starts from, then the language.
+        for place, row in zip(places, output[:, 2:].tolist(), strict=True):
             end = row.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in row else len(row)
             hypotheses[place] = " ".join(tokenizer.convert_ids_to_tokens(row[:end]))
     return hypotheses
@@ -163,7 +181,7 @@ def greedy_with_transformers(task: Task, tokenizer: Any, ids: Sequence[Sequence[
 
 def show(console: Console, task: Task, generated: dict[str, Generated], transformers: Sequence[str]) -> None:
     """Both speeds side by side, and which hypotheses are equal."""
-    title = f"fairseq-generate, beam 1, {len(task.sentences)} sentences to {task.target}, batch {task.batch_size}"
+    title = f"fairseq-generate, beam 1, {len(task.pairs)} sentences to {task.target}, batch {task.batch_size}"
     table = Table(box=box.SIMPLE, title=title, title_justify="left")
     for name in ("sentences a second (fairseq's own count)", *GATINGS, "dynamic is"):
         table.add_column(name, justify="left" if name.startswith("sentences") else "right", no_wrap=True)

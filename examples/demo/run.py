@@ -305,10 +305,14 @@ def run_fairseq_half(
     if not fairseq_half.is_installed():
         console.print("\nfairseq is not installed, so its half is left out; `make demo` installs it", markup=False)
         return True
-    target = TARGETS[0]
-    sentences = [pair.english for pair in pairs[target]]
     task = fairseq_half.Task(
-        arguments.model, sentences, SOURCE, target, arguments.batch_size, threads=arguments.threads
+        model=arguments.model,
+        pairs=[(pair.english, pair.reference) for pair in pairs[TARGETS[0]]],
+        source=SOURCE,
+        target=TARGETS[0],
+        languages=(SOURCE, *TARGETS),
+        batch_size=arguments.batch_size,
+        threads=arguments.threads,
     )
     console.print()
     try:

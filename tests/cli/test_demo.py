@@ -78,24 +78,29 @@ def test_every_pair_is_read(demo: ModuleType) -> None:
 
 
 def fairseq_task(demo: ModuleType) -> Any:
-    sentences = ["Open the file.", "Close all windows"]
-    return demo.fairseq_half.Task(demo.HERE / "model", sentences, "eng_Latn", "fra_Latn", batch_size=2, threads=1)
+    return demo.fairseq_half.Task(
+        model=demo.HERE / "model",
+        pairs=[("Open the file.", "Ouvrir le fichier."), ("Close all windows", "Fermer toutes les fenêtres")],
+        source="eng_Latn",
+        target="fra_Latn",
+        languages=(demo.SOURCE, *demo.TARGETS),
+        batch_size=2,
+        threads=1,
+    )
 
 
 def test_disagreement_in_fairseq_fails(demo: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     half, task = demo.fairseq_half, fairseq_task(demo)
     tokenizer = demo.load_tokenizer(task.model)
-    console = Console(record=True, width=100)
-    encoded = tokenizer._build_translation_inputs(
-        task.sentences, return_tensors=None, src_lang=task.source, tgt_lang=task.target
-    )
-    right = half.greedy_with_transformers(task, tokenizer, encoded["input_ids"], encoded["forced_bos_token_id"])
+    right = half.greedy_with_transformers(task, tokenizer)
 
-    def generate(data: Path, checkpoint: Path, gating: str, task: Any) -> Any:
-        hypotheses = [*right[:1], "fra_Latn \u2581other"] if gating == "static" else right
-        return half.Generated(hypotheses, 1.0 if gating == "static" else 2.5)
+    def generate(data: Path, checkpoint: Path, gating: str, task: Any, tokenizer: Any) -> Any:
+        static = gating == "static"
+        return half.Generated([*right[:1], "\u2581other"] if static else right, 1.0 if static else 2.5)
 
+    monkeypatch.setattr(half, "binarise", lambda folder, *_: folder)
     monkeypatch.setattr(half, "generate", generate)
+    console = Console(record=True, width=100)
     assert not half.compare(console, task, tokenizer)
     text = console.export_text()
     assert "static and dynamic gating in fairseq DISAGREE in sentences [1]" in text
@@ -110,7 +115,9 @@ def test_a_failing_fairseq_is_reported(demo: ModuleType, monkeypatch: pytest.Mon
     pairs = {target: [demo.Pair("Open the file.", "Ouvrir", "x")] for target in demo.TARGETS}
     console = Console(record=True, width=200)
     assert not demo.run_fairseq_half(console, arguments, demo.load_tokenizer(arguments.model), pairs)
-    assert "--max-len-b" in console.export_text()
+    text = console.export_text()
+    assert "fairseq-generate failed" in text
+    assert "--max-len-b" in text
 
 
 def test_without_fairseq_its_half_is_left_out(demo: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,10 +127,16 @@ def test_without_fairseq_its_half_is_left_out(demo: ModuleType, monkeypatch: pyt
     assert "`make demo` installs it" in console.export_text()
 
 
-def test_fairseq_gets_the_pieces_without_the_end_token(demo: ModuleType, tmp_path: Path) -> None:
-    dictionary = ROOT / "tests" / "data" / "demo_small" / "dict.txt"
-    rows = [["eng_Latn", "\u2581O", "pen", "</s>"], ["eng_Latn", "<unk>", "</s>"]]
-    demo.fairseq_half.write_data(tmp_path / "data", dictionary, rows, "spa_Latn")
-    assert (tmp_path / "data" / "test.src-tgt.src").read_text("utf-8") == "eng_Latn \u2581O pen\neng_Latn <unk>\n"
-    assert (tmp_path / "data" / "test.src-tgt.tgt").read_text("utf-8") == "spa_Latn\nspa_Latn\n"
-    assert (tmp_path / "data" / "dict.tgt.txt").read_bytes() == dictionary.read_bytes()
+def test_fairseq_is_given_the_pieces(demo: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    half, task = demo.fairseq_half, fairseq_task(demo)
+    tokenizer = demo.load_tokenizer(task.model)
+    commands: list[tuple[str, ...]] = []
+    monkeypatch.setattr(half, "run_fairseq", lambda *command: commands.append(command))
+    assert half.binarise(tmp_path, tmp_path / "dict.txt", task, tokenizer) == tmp_path / "data"
+    lines = (tmp_path / "test.eng_Latn").read_text("utf-8").splitlines()
+    assert lines == [" ".join(tokenizer.tokenize(english)) for english, _ in task.pairs]
+    assert lines[0].replace(" ", "").replace("\u2581", " ").strip() == "Open the file."
+    assert len((tmp_path / "test.fra_Latn").read_text("utf-8").splitlines()) == 2
+    ((name, *arguments),) = commands
+    assert name == "preprocess"
+    assert arguments[arguments.index("--testpref") + 1] == str(tmp_path / "test")
