@@ -25,6 +25,8 @@ _NAME = re.compile(r"(?P<stem>.+?)(?:-shared|-rank-(?P<rank>\d+))?\.pt")
 _FSDP_SHARD = re.compile(r".+-shard ?\d+\.pt")
 _EXPERT = re.compile(r"(?P<before>.*\.experts\.)(?P<number>\d+)(?P<after>\..*)")
 _GATE = ".moe_layer.gate.wg.weight"
+# Options of cfg.model that are the same in every process of a run; others (ranks, ports, devices) may differ.
+_RUN_OPTION = re.compile(r"(?:moe|cmr|encoder|decoder)_.*|arch|activation_fn|dropout|seed|use_moe_pad_mask")
 
 
 @final
@@ -201,11 +203,22 @@ def _require_same_checkpoint(shared: _Part, parts: list[_Part]) -> None:
                 part.path,
                 f"is of another checkpoint: {part.num_updates} updates, {shared.path.name} has {shared.num_updates}",
             )
+        if option := _differing_option(shared, part):
+            raise CheckpointError(part.path, f"is of another checkpoint than {shared.path.name}: {option}")
         if _signature(part) != _signature(parts[0]):
             raise CheckpointError(
                 part.path,
                 f"is of another checkpoint: its experts differ in number or shape from {parts[0].path.name}",
             )
+
+
+def _differing_option(shared: _Part, part: _Part) -> str | None:
+    """The first option of the run that two files disagree about, with both values."""
+    one, other = (found.cfg.get("model") or {} for found in (shared, part))
+    for name in sorted(set(one) & set(other)):
+        if _RUN_OPTION.fullmatch(str(name)) and one[name] != other[name]:
+            return f"{name} is {other[name]!r}, not {one[name]!r}"
+    return None
 
 
 def _signature(part: _Part) -> dict[str, tuple[object, ...]]:

@@ -16,7 +16,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from fairseq_moe_opt.checkpoints import fairseq
+from fairseq_moe_opt.checkpoints import fairseq, fairseq_buffers
 from fairseq_moe_opt.checkpoints.fairseq_options import (
     HF_TIED,
     SHARED_EMBEDDING,
@@ -34,9 +34,6 @@ from fairseq_moe_opt.checkpoints.torch_writer import write_torch
 from fairseq_moe_opt.checkpoints.torch_zip import tensor_records
 from fairseq_moe_opt.checkpoints.writers import Output, float_dtype
 from fairseq_moe_opt.errors import CheckpointError, OptionError
-
-# Not of the network: fairseq says with them how old a checkpoint's names are, and in which dtype positions are wanted.
-_FORMAT_VERSION = 3.0
 
 
 @final
@@ -78,7 +75,7 @@ def from_hf(
     task = full_task(texts.task, options["max_source_positions"])
     return FairseqCheckpoint(
         path=index.path,
-        model=_whole_model(renamed, embedding, wanted),
+        model=_whole_model(renamed, embedding, wanted, config.get(fairseq_buffers.CONFIG_KEY)),
         rest=_new_rest(options, task),
         experts=fairseq.expert_count(renamed),
         texts=texts,
@@ -155,15 +152,15 @@ def _only_embedding(index: CheckpointIndex) -> TensorRecord:
 
 
 def _whole_model(
-    renamed: Mapping[str, TensorRecord], embedding: TensorRecord, wanted: torch.dtype | None
+    renamed: Mapping[str, TensorRecord], embedding: TensorRecord, wanted: torch.dtype | None, kept_buffers: Any
 ) -> dict[str, Output | Tensor]:
     """fairseq's state dict: the encoder's tensors before the decoder's, and those that Transformers does not have."""
     model: dict[str, Output | Tensor] = {}
     dtype = float_dtype(embedding, wanted)
     for side in ("encoder", "decoder"):
-        model[f"{side}.version"] = torch.tensor([_FORMAT_VERSION])
+        buffers = fairseq_buffers.buffers_of(side, kept_buffers, dtype)
+        model |= {name: tensor if wanted is None else tensor.to(wanted) for name, tensor in buffers.items()}
         model[f"{side}.embed_tokens.weight"] = Output(TIED[0], embedding, dtype)
-        model[f"{side}.embed_positions._float_tensor"] = torch.zeros(1, dtype=dtype)
         model |= {
             name: Output(name, record, float_dtype(record, wanted))
             for name, record in renamed.items()

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fairseq_moe_opt.checkpoints import fairseq
+from fairseq_moe_opt.checkpoints import fairseq, fairseq_buffers
 from fairseq_moe_opt.checkpoints.fairseq_task import CONFIG_KEY, task_for_config
 from fairseq_moe_opt.checkpoints.keymaps import TIED, hf_config, hf_generation_config, hf_names
 from fairseq_moe_opt.checkpoints.records import CheckpointIndex, TensorRecord, equal_tensors
@@ -68,6 +68,7 @@ def write_fairseq_texts(
     task = task_for_config(cfg)
     if task is not None:
         config[CONFIG_KEY] = task
+    config[fairseq_buffers.CONFIG_KEY] = fairseq_buffers.buffers_for_config(index)
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", hf_generation_config(config))
     spm, dictionary, src_lang = texts

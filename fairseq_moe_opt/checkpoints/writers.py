@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -100,8 +99,5 @@ def _header(path: Path, outputs: Sequence[Output]) -> bytes:
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """A contiguous CPU tensor's memory, whatever its dtype (numpy has no bfloat16)."""
-    size = tensor.numel() * tensor.element_size()
-    if size == 0:
-        return memoryview(b"")
-    return memoryview((ctypes.c_char * size).from_address(tensor.data_ptr())).cast("B")
+    """A contiguous CPU tensor's memory, whatever its dtype (numpy has no bfloat16); the view keeps it alive."""
+    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
