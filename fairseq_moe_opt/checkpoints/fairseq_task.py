@@ -111,5 +111,5 @@ def full_task(kept: Mapping[str, Any], positions: int) -> dict[str, Any]:
 
 
 def as_cfg_section(task: Mapping[str, Any]) -> Mapping[str, Any] | Namespace:
-    """A task's options in the form fairseq pickles: a Namespace for a task of its older kind."""
-    return Namespace(**task) if task["_name"] == MULTILINGUAL else dict(task)
+    """A task's options in the form fairseq pickles: a Namespace, with its name twice, for a task of its older kind."""
+    return Namespace(**task, task=MULTILINGUAL) if task["_name"] == MULTILINGUAL else dict(task)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, final
 
 from fairseq_moe_opt.checkpoints.fairseq_task import TRANSLATION, multilingual_task
-from fairseq_moe_opt.checkpoints.files import read_json
+from fairseq_moe_opt.checkpoints.files import read_json, require_file
 from fairseq_moe_opt.checkpoints.symbols import (
     CONTROLS,
     DATA_TAGS,
@@ -27,7 +27,7 @@ from fairseq_moe_opt.checkpoints.symbols import (
     read_dictionary,
     tag_symbols,
 )
-from fairseq_moe_opt.checkpoints.tokenizer import DICTIONARY_NAME, SPM_NAMES
+from fairseq_moe_opt.checkpoints.tokenizer import DICTIONARY_NAME, MASK, SPM_NAMES
 from fairseq_moe_opt.errors import CheckpointError
 
 TOKENIZER = "tokenizer.json"
@@ -77,8 +77,11 @@ def read_hf_texts(
 
 
 def write_texts(folder: Path, texts: FairseqTexts) -> list[Path]:
-    """Writes ``dict.txt`` and ``spm.model`` into ``folder``, as far as there are any."""
+    """Writes ``dict.txt`` and ``spm.model`` into ``folder``, as far as there are any; CheckpointError without one."""
     written = []
+    for path in (texts.dictionary, texts.spm):
+        if isinstance(path, Path):
+            require_file(path)
     if texts.dictionary is not None:
         written.append(folder / DICTIONARY_NAME)
         if isinstance(texts.dictionary, Path):
@@ -120,6 +123,8 @@ def _read_vocabulary(path: Path, rows: int) -> _Vocabulary | None:
         by_id = {int(number): str(name) for name, number in pieces} | added
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise CheckpointError(path, "has no vocabulary that can be understood") from error
+    if by_id.get(rows) == MASK:
+        del by_id[rows]  # without tags Transformers' own mask comes after the last row, and nothing ever uses it
     if by_id and max(by_id) >= rows:
         raise CheckpointError(path, f"has ids up to {max(by_id)}, but the embedding has {rows} rows: not of this model")
     names = tuple(by_id.get(number, f"madeupword{number:04d}") for number in range(rows))
@@ -127,7 +132,7 @@ def _read_vocabulary(path: Path, rows: int) -> _Vocabulary | None:
         raise CheckpointError(path, f"begins with {names[: len(CONTROLS)]}; fairseq's ids begin with {CONTROLS}")
     if broken := [name for name in names if not name or "\n" in name or "\r" in name]:
         raise CheckpointError(path, f"has the symbol {broken[0]!r}, which no line of a fairseq dictionary can hold")
-    return _Vocabulary(names, frozenset(added))
+    return _Vocabulary(names, frozenset(number for number in added if number < rows))
 
 
 def _derived_task(vocabulary: _Vocabulary) -> dict[str, Any]:

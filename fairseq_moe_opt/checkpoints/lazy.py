@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, MutableMapping
 from typing import final
 
@@ -55,6 +56,6 @@ class LazyStateDict(MutableMapping[str, Tensor]):
         else:
             read_tensor(entry, out)
 
-    def __reduce__(self) -> tuple[type[dict[str, Tensor]], tuple[dict[str, Tensor]]]:
-        # Copied or pickled (saved again, sent to another process) it is a plain dictionary of tensors.
-        return dict, (dict(self.items()),)
+    def __reduce__(self) -> tuple[object, ...]:
+        # Copied or pickled (saved again, sent to another process) it is a dictionary of tensors as torch writes it.
+        return OrderedDict, (), None, None, iter(self.items())

@@ -100,4 +100,4 @@ def _header(path: Path, outputs: Sequence[Output]) -> bytes:
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """A contiguous CPU tensor's memory, whatever its dtype (numpy has no bfloat16); the view keeps it alive."""
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data

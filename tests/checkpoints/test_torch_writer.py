@@ -66,7 +66,9 @@ def test_records_are_copied_converted_and_shared(tmp_path: Path) -> None:
     archive = open_torch_zip(tmp_path / "source.pt")
     records = tensor_records(archive, only_tensors(archive.content))
     same, half = Output("a", records["a"], torch.float32), Output("a", records["a"], torch.float16)
-    write_torch(tmp_path / "x.pt", {"one": same, "two": same, "half": half, "b": Output("b", records["b"], torch.float32)})
+    write_torch(
+        tmp_path / "x.pt", {"one": same, "two": same, "half": half, "b": Output("b", records["b"], torch.float32)}
+    )
     loaded, expected = torch_load(tmp_path / "x.pt"), read_tensor(records["a"])
     assert torch.equal(loaded["one"], expected) and torch.equal(loaded["half"], expected.half())
     assert loaded["one"].data_ptr() == loaded["two"].data_ptr() != loaded["half"].data_ptr()
