@@ -37,8 +37,6 @@ _MEMORY_SHARE = 0.9
 class Translator:
     """An encoder-decoder that translates with fairseq's SequenceGenerator."""
 
-    phases = (ENCODER, ALL)
-
     def __init__(self, shape: Shape, capacity_fraction: float, seed: int) -> None:
         fairseq_moe_opt.register_fairseq()
         self._shape, self._fraction = shape, capacity_fraction
@@ -49,7 +47,7 @@ class Translator:
 
     def run(self, work: Work, options: MoEOptions) -> Outputs:
         """Generate ``work.new_tokens`` tokens a hypothesis; CannotRunError where static gating has no room."""
-        prepare(self._model, self._shape, self._fraction, work, options)
+        _prepare(self._model, self._shape, self._fraction, work, options)
         sentences = source(work.batch, work.tokens, self._shape.vocabulary)["input_ids"]
         sentences[:, -1] = self._task.source_dictionary.eos()
         sample = {"net_input": {"src_tokens": sentences, "src_lengths": torch.full((work.batch,), work.tokens)}}
@@ -67,8 +65,6 @@ class Translator:
 class LanguageModel:
     """A decoder that scores text with fairseq's SequenceScorer, as fairseq-eval-lm does."""
 
-    phases = (ALL,)
-
     def __init__(self, shape: Shape, capacity_fraction: float, seed: int) -> None:
         fairseq_moe_opt.register_fairseq()
         self._shape, self._fraction = shape, capacity_fraction
@@ -80,7 +76,7 @@ class LanguageModel:
 
     def run(self, work: Work, options: MoEOptions) -> Outputs:
         """Score ``work.tokens`` tokens of every sentence; CannotRunError where static gating has no room."""
-        prepare(self._model, self._shape, self._fraction, work, options)
+        _prepare(self._model, self._shape, self._fraction, work, options)
         text = source(work.batch, work.tokens + 1, self._shape.vocabulary)["input_ids"]
         lengths = torch.full((work.batch,), work.tokens)
         sample = {"net_input": {"src_tokens": text[:, :-1], "src_lengths": lengths}, "target": text[:, 1:]}
@@ -91,7 +87,7 @@ class LanguageModel:
         return _outputs(self._model, [hypothesis for hypothesis, *_ in found], None, {ALL: seconds})
 
 
-def prepare(model: Any, shape: Shape, fraction: float, work: Work, options: MoEOptions) -> None:
+def _prepare(model: Any, shape: Shape, fraction: float, work: Work, options: MoEOptions) -> None:
     """Switch the gating; CannotRunError when static gating's tensors would not fit into memory."""
     model.moe.run_as(options)
     available = available_bytes()

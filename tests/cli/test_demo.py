@@ -108,16 +108,18 @@ def test_disagreement_in_fairseq_fails(demo: ModuleType, monkeypatch: pytest.Mon
     assert "2.50 times as fast" in text
 
 
+@pytest.mark.slow
 def test_a_failing_fairseq_is_reported(demo: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("fairseq", reason="fairseq is not installed")
-    monkeypatch.setattr(demo.fairseq_half, "MAX_TOKENS", "many")
+    half = demo.fairseq_half
+    monkeypatch.setattr(half, "binarise", lambda *_: half.run_fairseq("preprocess", "--workers", "many"))
     arguments = Namespace(model=demo.HERE / "model", batch_size=2, threads=1)
     pairs = {target: [demo.Pair("Open the file.", "Ouvrir", "x")] for target in demo.TARGETS}
     console = Console(record=True, width=200)
-    assert not demo.run_fairseq_half(console, arguments, demo.load_tokenizer(arguments.model), pairs)
+    assert not demo.run_fairseq_half(console, arguments, tokenizer=None, pairs=pairs)
     text = console.export_text()
-    assert "fairseq-generate failed" in text
-    assert "--max-len-b" in text
+    assert "fairseq-preprocess failed" in text
+    assert "--workers: invalid int value: 'many'" in text
 
 
 def test_without_fairseq_its_half_is_left_out(demo: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
