@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +31,11 @@ class Output:
     def nbytes(self) -> int:
         """Bytes in the file."""
         return self.record.numel * self.dtype.itemsize
+
+
+def float_dtype(record: TensorRecord, wanted: torch.dtype | None) -> torch.dtype:
+    """The dtype to store: only floating tensors are ever converted."""
+    return wanted if wanted is not None and record.dtype.is_floating_point else record.dtype
 
 
 def write_safetensors(folder: Path, outputs: Sequence[Output], shard_bytes: int = SHARD_BYTES) -> list[Path]:
@@ -77,7 +81,7 @@ def _write_file(path: Path, outputs: Sequence[Output]) -> None:
         stream.write(len(header).to_bytes(8, "little") + header)
         for output in outputs:
             tensor = read_tensor(output.record).to(output.dtype).contiguous()
-            stream.write(_bytes_of(tensor))
+            stream.write(bytes_of(tensor))
 
 
 def _header(path: Path, outputs: Sequence[Output]) -> bytes:
@@ -94,9 +98,6 @@ def _header(path: Path, outputs: Sequence[Output]) -> bytes:
     return text + b" " * (-len(text) % 8)
 
 
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    """A contiguous CPU tensor's memory, whatever its dtype (numpy has no bfloat16)."""
-    size = tensor.numel() * tensor.element_size()
-    if size == 0:
-        return memoryview(b"")
-    return memoryview((ctypes.c_char * size).from_address(tensor.data_ptr())).cast("B")
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """A contiguous CPU tensor's memory, whatever its dtype (numpy has no bfloat16); the view keeps it alive."""
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
