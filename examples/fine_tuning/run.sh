@@ -15,7 +15,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 demo=$here/../demo
 model=$demo/model
 language=$1 out=$2 pairs=${3:-$demo/demo.tsv.gz} test=${4:-}
-languages=fra_Latn,deu_Latn,spa_Latn
+languages=eng_Latn,fra_Latn,deu_Latn,spa_Latn # in the order of their ids
 updates=${UPDATES:-300}
 plugin=$(moe-opt user-dir)
 export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 # see examples/demo/train.sh
@@ -25,7 +25,7 @@ mkdir -p "$out"
 moe-opt convert "$model" "$out/start/checkpoint.pt" --to fairseq
 python "$here/prepare.py" "$pairs" "$model" "$language" "$out/text" ${test:+--test "$test"}
 fairseq-preprocess --source-lang eng_Latn --target-lang "$language" --srcdict "$out/start/dict.txt" --joined-dictionary \
-    --trainpref "$out/text/train" --validpref "$out/text/valid" --testpref "$out/text/test" --destdir "$out/data" > "$out/preprocess.log"
+    --trainpref "$out/text/train" --validpref "$out/text/valid" --testpref "$out/text/test" --destdir "$out/data" > "$out/preprocess.log" 2>&1
 
 echo "fine-tuning, $updates updates (log: $out/train.log)"
 multilingual=(--task translation_multi_simple_epoch --langs "$languages" --lang-pairs "eng_Latn-$language"
@@ -43,11 +43,12 @@ fairseq-train "$out/data" --user-dir "$plugin" "${multilingual[@]}" $(< "$demo/a
 echo "the result in fairseq:"
 fairseq-generate "$out/data" --user-dir "$plugin" "${multilingual[@]}" --source-lang eng_Latn --target-lang "$language" \
     --path "$out/checkpoints/checkpoint_last.pt" --gen-subset test --beam 4 --batch-size 32 --cpu \
-    --remove-bpe sentencepiece > "$out/generate.log"
+    --remove-bpe sentencepiece > "$out/generate.log" 2> "$out/generate.err"
 grep -E '^[SHD]-[012]	' "$out/generate.log" | sort -t- -k2n
 
 echo "the result in Transformers, after the model it began with:"
-moe-opt convert "$out/checkpoints/checkpoint_last.pt" "$out/model" --to hf --dtype float16 --dict "$out/start/dict.txt"
+moe-opt convert "$out/checkpoints/checkpoint_last.pt" "$out/model" --to hf --dtype float16
+# The symbols are the same, so the tokenizer is.
 cp "$model"/tokenizer*.json "$out/model/"
 for folder in "$model" "$out/model"; do
     python "$demo/score.py" "$folder" "$out/text/test.tsv" --languages "$language"
