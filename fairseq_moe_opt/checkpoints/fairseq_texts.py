@@ -1,9 +1,10 @@
 """fairseq's dictionary, SentencePiece model and task from the tokenizer files of a Transformers folder.
 
-``dict.txt`` and a SentencePiece model are kept by the conversion from fairseq and go back as they are. Without
-them the dictionary is made from ``tokenizer.json``, whose ids are fairseq's: four control symbols, the pieces, then
-the languages. NLLB's 54B model has 256,001 ids of pieces, 202 languages and three data-source tags, which
-Transformers' tokenizer does not know (its ``<mask>`` has the id of the first).
+``dict.txt`` and a SentencePiece model are kept by the conversion from fairseq and go back as they are. Without them
+both are made again where that can be done (``spm_from_tokenizer`` says where). The dictionary comes from
+``tokenizer.json``, whose ids are fairseq's: four control symbols, the pieces, then the languages. NLLB's 54B model has
+256,001 ids before the languages, 202 languages and three data-source tags, which Transformers' tokenizer does not know
+(its ``<mask>`` has the id of the first).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any, final
 
 from fairseq_moe_opt.checkpoints.fairseq_task import TRANSLATION, multilingual_task
 from fairseq_moe_opt.checkpoints.files import read_json, require_file
+from fairseq_moe_opt.checkpoints.spm_from_tokenizer import made_model
 from fairseq_moe_opt.checkpoints.symbols import (
     CONTROLS,
     DATA_TAGS,
@@ -27,10 +29,8 @@ from fairseq_moe_opt.checkpoints.symbols import (
     read_dictionary,
     tag_symbols,
 )
-from fairseq_moe_opt.checkpoints.tokenizer import DICTIONARY_NAME, MASK, SPM_NAMES
+from fairseq_moe_opt.checkpoints.tokenizer import DICTIONARY_NAME, MASK, SPM_NAMES, TOKENIZER
 from fairseq_moe_opt.errors import CheckpointError
-
-TOKENIZER = "tokenizer.json"
 
 
 @final
@@ -41,13 +41,13 @@ class FairseqTexts:
     Attributes:
         task: what is not default of ``cfg.task``.
         dictionary: ``dict.txt`` to copy, or its symbols, or None where nothing tells them.
-        spm: the SentencePiece model to copy, None where there is none.
+        spm: the SentencePiece model to copy, or its bytes, or None where there is none.
         notes: what a user has to know about what could not be written.
     """
 
     task: Mapping[str, Any]
     dictionary: Path | tuple[str, ...] | None
-    spm: Path | None
+    spm: Path | bytes | None
     notes: tuple[str, ...]
 
 
@@ -62,7 +62,7 @@ def read_hf_texts(
 
     Raises CheckpointError for a dictionary, given or kept, that does not have as many symbols as the embedding.
     """
-    model = Path(spm) if spm is not None else _existing(folder, SPM_NAMES)
+    model = (Path(spm) if spm is not None else _existing(folder, SPM_NAMES)) or made_model(folder)
     words = Path(dictionary) if dictionary is not None else _existing(folder, (DICTIONARY_NAME,))
     vocabulary = _read_vocabulary(folder / TOKENIZER, rows)
     task = kept_task or (_derived_task(vocabulary) if vocabulary is not None else {"_name": TRANSLATION})
@@ -91,7 +91,10 @@ def write_texts(folder: Path, texts: FairseqTexts) -> list[Path]:
             written[-1].write_text(lines, encoding="utf-8", newline="\n")
     if texts.spm is not None:
         written.append(folder / SPM_NAMES[0])
-        shutil.copyfile(texts.spm, written[-1])
+        if isinstance(texts.spm, Path):
+            shutil.copyfile(texts.spm, written[-1])
+        else:
+            written[-1].write_bytes(texts.spm)
     return written
 
 
@@ -158,10 +161,13 @@ def _require_rows(path: Path, symbols: Sequence[str], task: Mapping[str, Any], r
         raise CheckpointError(path, f"gives {count} symbols, but the embedding has {rows} rows: not of this model")
 
 
-def _notes(spm: Path | None, dictionary: object) -> tuple[str, ...]:
+def _notes(spm: Path | bytes | None, dictionary: object) -> tuple[str, ...]:
     notes = []
     if dictionary is None:
         notes.append("no dict.txt: the folder has no tokenizer.json (--dict gives one)")
     if spm is None:
-        notes.append("no spm.model: a SentencePiece model cannot be made from tokenizer.json (--spm gives one)")
+        notes.append(
+            "no spm.model: a SentencePiece model cannot be made from these tokenizer files, "
+            "or sentencepiece and protobuf are not installed (--spm gives one)"
+        )
     return tuple(notes)

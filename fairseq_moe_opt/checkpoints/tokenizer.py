@@ -40,6 +40,8 @@ UNIGRAM_CLASS = "MoETranslationTokenizer"
 BPE_CLASS = "NllbTokenizer"
 SPACE = "▁"
 MASK = "<mask>"
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+EXTRA_SPACES = " {2,}"
 DICTIONARY_NAME = "dict.txt"
 BPE_NAME = "sentencepiece.bpe.model"
 SPM_NAMES = ("spm.model", "sentencepiece.model", BPE_NAME)
@@ -101,8 +103,8 @@ def write_tokenizer(
     for source_file, name in ((spm, BPE_NAME if is_bpe else SPM_NAMES[0]), (dictionary, DICTIONARY_NAME)):
         if source_file.resolve() != (folder / name).resolve():
             shutil.copyfile(source_file, folder / name)
-    write_json(folder / "tokenizer.json", tokenizer_json(model, symbols, source))
-    write_json(folder / "tokenizer_config.json", _tokenizer_config(model, symbols, source, max_length))
+    write_json(folder / TOKENIZER, tokenizer_json(model, symbols, source))
+    write_json(folder / TOKENIZER_CONFIG, _tokenizer_config(model, symbols, source, max_length))
     return "bpe" if is_bpe else "unigram"
 
 
@@ -182,7 +184,7 @@ def _normalizers(model: SentencePieceModel) -> list[dict[str, Any]]:
     escape = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     if not model.remove_extra_whitespaces:
         return [*steps, *prefix, *unguard, escape]
-    spaces = [replace_step(r"\A +", ""), replace_step(" {2,}", " ")]
+    spaces = [replace_step(r"\A +", ""), replace_step(EXTRA_SPACES, " ")]
     return [*steps, *unguard, *spaces, *prefix, escape, replace_step(rf"{SPACE}+\z", "")]
 
 

@@ -157,9 +157,12 @@ def convert(
 ) -> None:
     """Write a checkpoint as a Transformers folder or in fairseq's layout, tensor by tensor.
 
-    --to hf: safetensors, configuration, tokenizer. --to fairseq: one file, or the shared and rank files of fairseq's
-    MoE branches, with dict.txt and spm.model; from a Transformers NLLB-MoE folder, or from any fairseq checkpoint,
-    whose rank files are merged or spread anew. Names and numbers survive the way there and back bit for bit.
+    --to hf: safetensors, configuration and tokenizer.
+
+    --to fairseq: one file, or a shared file and rank files, with dict.txt and
+    spm.model; rank files of a fairseq checkpoint are merged or spread anew.
+
+    The way there and back is exact, bit for bit.
     """
     from fairseq_moe_opt.checkpoints import convert as convert_checkpoint
     from fairseq_moe_opt.cli.info import readable

@@ -82,7 +82,9 @@ class _LoadsInPlace:
             return super().load_state_dict(state_dict, strict, model_cfg, args)  # type: ignore[misc]
         self.upgrade_state_dict(state_dict)
         result = read_in_place(cast(nn.Module, self), state_dict, strict)
-        self.__dict__["moe"].checkpoint = state_dict.index
+        handle = self.__dict__.get("moe")
+        if handle is not None:  # a copied model has none
+            handle.checkpoint = state_dict.index
         return result
 
     def upgrade_state_dict(self, state_dict: MutableMapping[str, Tensor]) -> None:

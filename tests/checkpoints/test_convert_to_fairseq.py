@@ -6,13 +6,22 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from fairseq_moe_opt.checkpoints import convert, open_index, read_tensor, staging
+from fairseq_moe_opt.checkpoints import (
+    TensorRecord,
+    convert,
+    open_index,
+    read_tensor,
+    staging,
+    torch_writer,
+    writers,
+)
 from fairseq_moe_opt.checkpoints import to_fairseq as writing
 from fairseq_moe_opt.errors import CheckpointError, OptionError
 from tests.helpers.checkpoint_files import fairseq_state, save_fairseq, save_sharded
@@ -260,6 +269,25 @@ def test_a_writer_that_fails_on_the_way_leaves_nothing(
         with pytest.raises(DiskFullError):
             convert(pair[1], target, to="fairseq", ranks=ranks)
         assert written and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("to", "name", "room"), [("hf", "hf", writers), ("fairseq", "x.pt", torch_writer)])
+def test_a_source_that_fails_on_the_way_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str, name: str, room: ModuleType
+) -> None:
+    """The real writers, whose source breaks off at the tenth tensor."""
+    read = []
+
+    def fail_later(record: TensorRecord) -> Tensor:
+        read.append(record)
+        if len(read) == 10:
+            raise CheckpointError(record.path, "is truncated")
+        return read_tensor(record)
+
+    monkeypatch.setattr(room, "read_tensor", fail_later)
+    with pytest.raises(CheckpointError, match="is truncated"):
+        convert(FAIRSEQ_GOLDENS / "A_top2_eom" / "checkpoint_single.pt", tmp_path / name, to=to)
+    assert len(read) == 10 and list(tmp_path.iterdir()) == []
 
 
 def test_a_rename_that_fails_on_the_way_takes_the_others_back(

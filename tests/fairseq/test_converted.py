@@ -14,6 +14,7 @@ import torch
 
 pytest.importorskip("fairseq", reason="fairseq is not installed")
 
+import fairseq_moe_opt
 from fairseq_moe_opt.checkpoints import CheckpointIndex, convert, read_tensor
 from fairseq_moe_opt.errors import CheckpointError
 from tests.helpers.checkpoint_files import fairseq_state
@@ -23,6 +24,8 @@ from tests.helpers.goldens import FAIRSEQ_GOLDENS
 DATA = FAIRSEQ_GOLDENS / "data" / "bin"
 LM_DATA = FAIRSEQ_GOLDENS / "data" / "binlm"
 MODEL = FAIRSEQ_GOLDENS / "A_top2_eom"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "demo" / "model"
+PLUGIN = Path(fairseq_moe_opt.__file__).parent
 
 
 @pytest.mark.parametrize("ranks", [0, 1, 4])
@@ -277,3 +280,24 @@ def test_a_state_with_experts_pickles_as_a_plain_dictionary(tmp_path: Path) -> N
     copied = torch.load(tmp_path / "copy.pt", weights_only=True)["model"]
     assert isinstance(copied, dict) and copied.keys() == state["model"].keys()
     assert all(torch.equal(copied[name], tensor) for name, tensor in state["model"].items())
+
+
+def test_the_example_model_translates_in_fairseq(tmp_path: Path) -> None:
+    """Its folder has tokenizer files alone: dictionary, SentencePiece model and task are made from them."""
+    pytest.importorskip("sentencepiece")
+    convert(EXAMPLE, tmp_path / "x.pt", to="fairseq", ranks=4)
+    command = [sys.executable, "-m", "fairseq_cli.interactive", tmp_path, "--user-dir", PLUGIN, "--cpu"]
+    command += ["--path", tmp_path / "x.pt", "--task", "translation_multi_simple_epoch", "--beam", "1"]
+    command += ["--langs", "eng_Latn,fra_Latn,deu_Latn,spa_Latn", "--lang-pairs", "eng_Latn-fra_Latn"]
+    command += ["-s", "eng_Latn", "-t", "fra_Latn", "--encoder-langtok", "src", "--decoder-langtok"]
+    command += ["--fixed-dictionary", tmp_path / "dict.txt"]
+    command += ["--bpe", "sentencepiece", "--sentencepiece-model", tmp_path / "spm.model"]
+    text = "Open the file\nVertical Space\n"
+    done = subprocess.run(list(map(str, command)), input=text, capture_output=True, text=True, check=True)
+    translated = [line.split("\t")[2] for line in done.stdout.splitlines() if line.startswith("D-")]
+
+    from hf_integration import pipeline
+
+    translator = pipeline("translation", model=str(EXAMPLE), src_lang="eng_Latn", tgt_lang="fra_Latn", num_beams=1)
+    assert translated == [result["translation_text"] for result in translator(text.splitlines())]
+    assert all(translated)
