@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any, Optional
 
 from fairseq.dataclass import FairseqDataclass
+from omegaconf.errors import InterpolationKeyError
 
 from fairseq_moe_opt.errors import OptionError
 from fairseq_moe_opt.options import MoEOptions, field_choices, field_help
@@ -115,6 +116,19 @@ def read_arguments(cfg: Any) -> MoEArguments:
         if item.name != "_name" and value is not None:
             values[item.name] = value
     return MoEArguments(**values)
+
+
+def read_batch_sizes(cfg: Any) -> tuple[int, int]:
+    """Sentences that a batch is filled up to in training and in validation; 0 for not at all."""
+    return _batch_size(cfg, BATCH_SIZES[0]), _batch_size(cfg, BATCH_SIZES[1])
+
+
+def _batch_size(cfg: Any, name: str) -> int:
+    try:
+        return getattr(cfg, name, None) or 0
+    except InterpolationKeyError:
+        # A model's configuration by itself, without the section of the data that this one refers to.
+        return 0
 
 
 def read_options(cfg: Any) -> MoEOptions:

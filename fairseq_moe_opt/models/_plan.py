@@ -8,12 +8,11 @@ from typing import Any
 
 from fairseq.distributed import fsdp_wrap
 from fairseq.modules.checkpoint_activations import checkpoint_wrapper
-from fairseq.utils import safe_getattr
 from torch import nn
 
 from fairseq_moe_opt.build import AnyRouter, LayerSpec
 from fairseq_moe_opt.errors import OptionError
-from fairseq_moe_opt.models._arguments import BATCH_SIZES, MoEArguments, read_arguments, read_options
+from fairseq_moe_opt.models._arguments import MoEArguments, read_arguments, read_batch_sizes, read_options
 from fairseq_moe_opt.models._block import BlockSpec, MoEBlock
 from fairseq_moe_opt.models._layers import SparseDecoderLayer, SparseEncoderLayer, WideDecoderLayer, WideEncoderLayer
 from fairseq_moe_opt.moe import CapacityRule, ExpertDropout, GShardTop2Router, Top1Router
@@ -43,8 +42,7 @@ class SparsePlan:
         arguments = read_arguments(cfg)
         if not arguments.any_sparse:
             return None
-        training, validation = (safe_getattr(cfg, name, None) or 0 for name in BATCH_SIZES)
-        plan = cls(arguments, read_options(cfg), (training, validation))
+        plan = cls(arguments, read_options(cfg), read_batch_sizes(cfg))
         for side in ("encoder", "decoder"):
             if arguments.frequency(side) and not arguments.alternate_width(side) and arguments.moe_expert_count < 1:
                 raise OptionError(

@@ -102,6 +102,7 @@ def check_text(found: str, expected: str) -> None:
         ("A_top2_eom", "cli_ws1_cap0.25", "0.25", "checkpoint_last.pt"),
         ("A_top2_eom", "cli_ws1_cap0.25", "0.25", "checkpoint_single.pt"),
         ("A_top2_eom", "cli_ws2_cap0.25", "0.25", "checkpoint_last.pt"),
+        ("A_top2_eom", "cli_ws2_cap1.00", "1.0", "checkpoint_single.pt"),
         ("C_top1", "cli_ws1_cap1.00", "1.0", "checkpoint_last.pt"),
         ("D_cmr", "cli_ws1_cap1.00", "1.0", "checkpoint_last.pt"),
     ],
