@@ -264,3 +264,58 @@ def test_the_published_sizes() -> None:
         ARCH_CONFIG_REGISTRY[f"transformer_lm_moe_{name}"](args)
         assert expert_parameters(args.decoder_layers, args, "decoder") == pytest.approx(billions, rel=0.01)
         assert args.activation_fn == "gelu"
+
+
+def meta_parameters(architecture: str, vocabulary: int, **values: Any) -> tuple[float, float]:
+    """Billions of parameters in all and in experts of a preset, built without memory."""
+    args = Namespace(arch=architecture, _name=architecture, **values)
+    ARCH_CONFIG_REGISTRY[architecture](args)
+    task = Task()
+    for number in range(vocabulary - len(task.source_dictionary)):
+        task.source_dictionary.add_symbol(f"more{number}")
+    with torch.device("meta"):
+        model = ARCH_MODEL_REGISTRY[architecture].build_model(args, task)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    return sum(sizes.values()) / 1e9, sum(size for name, size in sizes.items() if ".experts." in name) / 1e9
+
+
+def test_nllb_has_54_billion_parameters() -> None:
+    """256,206 symbols: pieces, 202 languages, three data tags."""
+    total, experts = meta_parameters("transformer_moe_nllb200_54b", 256206)
+    assert total == pytest.approx(54.5, abs=0.05)
+    assert experts == pytest.approx(51.5, abs=0.1)
+
+
+def test_normformer_runs_and_takes_gradients() -> None:
+    names = ("scale_fc", "scale_attn", "scale_heads", "scale_resids")
+    model = build(sparse(**dict.fromkeys(names, True)))
+    plain = build(sparse())
+    source = tokens()
+    logits = model(source, torch.full((3,), 5), source)[0]
+    logits.square().mean().backward()
+    assert bool(logits.isfinite().all()) and not torch.equal(logits, run(plain))
+    kinds = {"attn_ln", "ffn_layernorm", "c_attn", "w_resid"}
+    missing = [name for name, one in model.named_parameters() if kinds & set(name.split(".")) and one.grad is None]
+    assert not missing
+    assert all(any(kind in name for name, _ in model.named_parameters()) for kind in kinds)
+
+
+@pytest.mark.parametrize("conditional", [False, True])
+def test_dropout_of_the_experts_is_applied_once(conditional: bool) -> None:
+    """Each of two experts gives 1 and drops it half the time: a quarter is 0. Dropped again, 5/8 would be."""
+    model = build(sparse(dropout=0.5, moe_cmr=conditional)).train()
+    layer = model.encoder.layers[1]
+    assert layer.moe_layer.spec.layer.dropout.output == 0.5
+    for network in [*layer.moe_layer.experts, *([layer] if conditional else [])]:
+        second = network._modules["fc2"]
+        torch.nn.init.zeros_(second.weight)
+        torch.nn.init.ones_(second.bias)
+    kept = []
+    layer.final_layer_norm.register_forward_pre_hook(lambda _m, args: kept.append(args[0]))
+    with torch.no_grad():
+        hidden = torch.randn(100, 20, D)
+        added = layer(hidden, None) - kept[0]
+    zeros = float((added.abs() < 1e-5).float().mean())
+    # The dense network of conditional routing drops its own half.
+    assert zeros == pytest.approx(0.125 if conditional else 0.25, abs=0.02)
+    assert float((layer._dropout(torch.ones(1000)) == 0).float().mean()) == pytest.approx(0.5, abs=0.1)

@@ -94,6 +94,20 @@ def test_transforms_and_empty_lists() -> None:
         criterion("moe_cross_entropy", _task(), moe_gate_loss_wt=1.0, moe_gate_loss_transform="log")
 
 
+def test_the_losses_by_hand() -> None:
+    """Gates of 3 + 1 over 4 + 4 tokens: half of each token, 0.3 from a share of 0.8."""
+    losses = GateLosses(cmr_share=[torch.tensor(3.0), torch.tensor(1.0)], cmr_tokens=[torch.tensor(4), 4])
+    assert float(cmr_gate_loss(losses, 0.8)) == pytest.approx(0.3)
+    with torch.no_grad():
+        # Both rows to expert 0 of 2, with probabilities 0.75 and 0.25: E^2 * mean(0.75 * 1, 0.25 * 0) = 1.5.
+        logits = torch.tensor([[3.0, 1.0], [3.0, 1.0]]).log()
+        routing = Top1Router(2).route(logits, with_aux_loss=True)
+        assert float(routing.aux_loss) == pytest.approx(1.5)
+        # A row of padding counts in the means, not among the choices: 4 * mean(0.75 * 0.5, 0.25 * 0) = 0.75.
+        routing = Top1Router(2).route(logits, torch.tensor([False, True]), with_aux_loss=True)
+        assert float(routing.aux_loss) == pytest.approx(0.75)
+
+
 def _task() -> Any:
     return load_golden("A_top2_eom", "cap1.00")[1]
 
