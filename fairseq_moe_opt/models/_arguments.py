@@ -125,10 +125,15 @@ def read_batch_sizes(cfg: Any) -> tuple[int, int]:
 
 def _batch_size(cfg: Any, name: str) -> int:
     try:
-        return getattr(cfg, name, None) or 0
+        value = getattr(cfg, name, None) or 0
     except InterpolationKeyError:
         # A model's configuration by itself, without the section of the data that this one refers to.
         return 0
+    try:
+        # fairseq parses --batch-size-valid as text, because its default is a reference.
+        return int(value)
+    except ValueError:
+        raise OptionError(name, f"{value!r} is not a number of sentences") from None
 
 
 def read_options(cfg: Any) -> MoEOptions:

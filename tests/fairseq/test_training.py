@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import math
 import sys
 from pathlib import Path
@@ -22,10 +23,11 @@ from fairseq_moe_opt.errors import OptionError
 from fairseq_moe_opt.models._block import BlockSpec, MoEBlock
 from fairseq_moe_opt.models._criteria import cmr_gate_loss, combined_gate_loss
 from fairseq_moe_opt.models._losses import GateLosses
+from fairseq_moe_opt.models._report import ModelHandle
 from fairseq_moe_opt.moe import GShardTop2Router, Top1Router
 from fairseq_moe_opt.options import MoEOptions
 from tests.helpers.fairseq_runs import arrays, load_golden
-from tests.helpers.goldens import FAIRSEQ_GOLDENS
+from tests.helpers.goldens import FAIRSEQ_GOLDENS, read_json
 
 fairseq_moe_opt.register_fairseq()
 
@@ -147,8 +149,20 @@ def test_a_trained_model_loses_no_expert(architecture: str, tmp_path: Path, monk
     models, _, _ = checkpoint_utils.load_model_ensemble_and_task([str(path)], arg_overrides={"moe_gating": "static"})
     assert len(models[0].moe.blocks) == 2
     assert models[0].moe.options.gating == "static"
-    evaluation = ["--path", str(path), "--cpu", "--max-tokens", "600", "--valid-subset", "test"]
-    command(monkeypatch, validate.cli_main, str(DATA / "bin"), *evaluation)
+    evaluation = ["--path", str(path), "--cpu", "--batch-size", "8", "--valid-subset", "test"]
+    report = tmp_path / "report.json"
+    more = ["--batch-size-valid", "20", "--moe-preset", "static", "--moe-report", str(report)]
+    at_exit = []
+    monkeypatch.setattr(atexit, "register", lambda call, *values: at_exit.append((call, values)))
+    command(monkeypatch, validate.cli_main, str(DATA / "bin"), *evaluation, *more)
+    for call, values in at_exit:
+        if isinstance(getattr(call, "__self__", None), ModelHandle):
+            call(*values)
+    found = read_json(report)
+    assert found["options"] | {"gating": "static", "capacity": "checkpoint", "report": str(report)} == found["options"]
+    # 48 sentences in 6 batches of 8, each filled up to 20.
+    assert found["layers"][0]["calls"] == 6
+    assert found["layers"][0]["tokens"] > 6 * 20 * 4
 
 
 def train_tiny(monkeypatch: pytest.MonkeyPatch, folder: Path, updates: int, *more: str) -> None:
