@@ -11,7 +11,9 @@ import torch
 
 pytest.importorskip("fairseq", reason="fairseq is not installed")
 
+from fairseq import options
 from fairseq.data import Dictionary
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY, build_model
 from fairseq.models.transformer.transformer_legacy import TransformerModel
 from fairseq.models.transformer_lm import TransformerLanguageModel, TransformerLanguageModelConfig
@@ -20,6 +22,7 @@ from omegaconf import OmegaConf
 
 import fairseq_moe_opt
 from fairseq_moe_opt.errors import OptionError
+from fairseq_moe_opt.models._plan import SparsePlan
 from tests.helpers.compare import relative_difference
 
 fairseq_moe_opt.register_fairseq()
@@ -319,3 +322,17 @@ def test_dropout_of_the_experts_is_applied_once(conditional: bool) -> None:
     # The dense network of conditional routing drops its own half.
     assert zeros == pytest.approx(0.125 if conditional else 0.25, abs=0.02)
     assert float((layer._dropout(torch.ones(1000)) == 0).float().mean()) == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.parametrize("architecture", ["transformer_lm_gpt", "transformer_lm_moe_15b", "transformer"])
+@pytest.mark.parametrize(("flags", "expected"), [("--batch-size 4", (4, 4)), ("--max-tokens 64", (0, 0))])
+@pytest.mark.parametrize(("more", "validation"), [("", None), ("--batch-size-valid 8", 8)])
+def test_batch_sizes_reach_the_layers(
+    architecture: str, flags: str, expected: tuple[int, int], more: str, validation: int | None
+) -> None:
+    task = "translation" if architecture == "transformer" else "language_modeling"
+    line = f"data --arch {architecture} --task {task} --moe-freq 2 --moe-expert-count 4 {flags} {more}"
+    args = options.parse_args_and_arch(options.get_training_parser(), line.split())
+    plan = SparsePlan.of(convert_namespace_to_omegaconf(args).model)
+    assert plan is not None
+    assert plan.batch_sizes == (expected[0], validation or expected[1])
