@@ -98,7 +98,10 @@ class SparseFeedForward(nn.Module):
 
     def _dropout(self, hidden: Tensor) -> Tensor:
         """The layer's dropout, which fairseq calls after attention and after ``fc2`` alike."""
-        return hidden if hasattr(hidden, _COMPLETE) else cast(Tensor, self._dense_steps["dropout_module"](hidden))
+        if self.training and hasattr(hidden, _COMPLETE):
+            return hidden
+        # At evaluation it does nothing, unless --retain-dropout asks for it.
+        return cast(Tensor, self._dense_steps["dropout_module"](hidden))
 
     def _dense(self, hidden: Tensor) -> Tensor:
         first, second = cast(nn.Module, self._modules["fc1"]), cast(nn.Module, self._modules["fc2"])
@@ -106,7 +109,8 @@ class SparseFeedForward(nn.Module):
         hidden = self._dense_steps["activation_dropout_module"](hidden)
         if self._dense_steps["ffn_layernorm"] is not None:
             hidden = self._dense_steps["ffn_layernorm"](hidden)
-        return cast(Tensor, self._dense_steps["dropout_module"](second(hidden)))
+        hidden = second(hidden)
+        return cast(Tensor, self._dense_steps["dropout_module"](hidden) if self.training else hidden)
 
 
 def _mask_output(output: Tensor, probability: float, training: bool) -> Tensor:

@@ -14,7 +14,14 @@ from fairseq_moe_opt.build import AnyRouter, LayerSpec
 from fairseq_moe_opt.errors import OptionError
 from fairseq_moe_opt.models._arguments import MoEArguments, read_arguments, read_batch_sizes, read_options
 from fairseq_moe_opt.models._block import BlockSpec, MoEBlock
-from fairseq_moe_opt.models._layers import SparseDecoderLayer, SparseEncoderLayer, WideDecoderLayer, WideEncoderLayer
+from fairseq_moe_opt.models._layers import (
+    SparseDecoderLayer,
+    SparseEncoderLayer,
+    SparseFeedForward,
+    WideDecoderLayer,
+    WideEncoderLayer,
+)
+from fairseq_moe_opt.models._recomputing import recompute
 from fairseq_moe_opt.moe import CapacityRule, ExpertDropout, GShardTop2Router, Top1Router
 from fairseq_moe_opt.options import MoEOptions
 
@@ -126,6 +133,7 @@ def _activation(name: str) -> str:
 def _wrapped(cfg: Any, layer: nn.Module) -> nn.Module:
     """What fairseq's own ``build_*_layer`` put around a layer."""
     if cfg.checkpoint_activations:
-        layer = checkpoint_wrapper(layer, offload_to_cpu=cfg.offload_activations)
+        around = recompute if isinstance(layer, SparseFeedForward) else checkpoint_wrapper
+        layer = around(layer, cfg.offload_activations)
     wrapped: nn.Module = fsdp_wrap(layer, min_num_params=0 if cfg.checkpoint_activations else cfg.min_params_to_wrap)
     return wrapped

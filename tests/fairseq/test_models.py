@@ -17,11 +17,13 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY, build_model
 from fairseq.models.transformer.transformer_legacy import TransformerModel
 from fairseq.models.transformer_lm import TransformerLanguageModel, TransformerLanguageModelConfig
+from fairseq.modules.checkpoint_activations import unwrap_checkpoint
 from fairseq.tasks.fairseq_task import FairseqTask
 from omegaconf import OmegaConf
 
 import fairseq_moe_opt
 from fairseq_moe_opt.errors import OptionError
+from fairseq_moe_opt.models._losses import collect_gate_losses
 from fairseq_moe_opt.models._plan import SparsePlan
 from tests.helpers.compare import relative_difference
 
@@ -336,3 +338,38 @@ def test_batch_sizes_reach_the_layers(
     plan = SparsePlan.of(convert_namespace_to_omegaconf(args).model)
     assert plan is not None
     assert plan.batch_sizes == (expected[0], validation or expected[1])
+
+
+@pytest.mark.parametrize("changes", [{}, {"moe_cmr": True}, {"moe_top1_expert": True}])
+def test_activation_checkpointing_changes_no_gradient(changes: dict[str, Any]) -> None:
+    """Neither of the task's loss nor of the gates'."""
+    found = []
+    for checkpointed in (False, True):
+        values = {"checkpoint_activations": checkpointed, "use_moe_pad_mask": True, "moe_eom": 0.2, "dropout": 0.1}
+        model = build(sparse(**values, **changes)).train()
+        source = tokens()
+        source[0, :2] = 1
+        torch.manual_seed(4)
+        with collect_gate_losses() as losses:
+            logits = model(source, torch.tensor([3, 5, 5]), source)[0]
+        assert len(losses.balance) == 2 and len(losses.cmr_share) == len(losses.cmr_tokens) == 2 * (
+            "moe_cmr" in changes
+        )
+        loss = logits.square().mean() + sum(losses.balance) + sum(losses.cmr_share)
+        loss.backward()
+        found.append({name: one.grad for name, one in model.named_parameters()})
+    plain, recomputed = found
+    assert plain.keys() == recomputed.keys()
+    for name, gradient in plain.items():
+        assert (gradient is None) == (recomputed[name] is None), name
+        assert gradient is None or torch.allclose(gradient, recomputed[name], rtol=1e-5, atol=1e-7), name
+
+
+def test_a_checkpointed_model_is_copied_and_unwrapped() -> None:
+    model = build(sparse(checkpoint_activations=True))
+    expected = run(model)
+    twin = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    assert torch.equal(run(twin), expected)
+    assert torch.equal(run(unwrap_checkpoint(twin)), expected)
