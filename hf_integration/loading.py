@@ -23,6 +23,7 @@ from transformers.models.nllb_moe.modeling_nllb_moe import (
 from fairseq_moe_opt.checkpoints import CheckpointIndex, open_index, read_tensor
 from fairseq_moe_opt.errors import CheckpointError, NoMoELayerError, OptionError
 from fairseq_moe_opt.options import MoEOptions
+from fairseq_moe_opt.presets import with_preset
 from hf_integration.families import nllb_moe
 from hf_integration.optimize import optimize
 
@@ -47,11 +48,12 @@ def from_pretrained(
         path_or_id: a folder with ``config.json`` and weights, or the id of a repository on the hub.
         dtype: of the weights in memory, a torch dtype or its name; None keeps what ``config.json`` says, else float32.
         device: where the model goes; None is the CPU.
-        options: fields of :class:`~fairseq_moe_opt.options.MoEOptions`.
+        options: fields of :class:`~fairseq_moe_opt.options.MoEOptions`, and ``preset``, as for ``optimize``.
 
     Raises CheckpointError for a missing, truncated or foreign checkpoint, NoMoELayerError for another kind of model,
     OptionError for a wrong option; options are checked before the first weight is read.
     """
+    options = with_preset(options)
     MoEOptions.from_kwargs(**options)
     folder = local_folder(path_or_id)
     config = read_config(folder)
