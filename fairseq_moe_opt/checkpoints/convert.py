@@ -20,6 +20,7 @@ from typing import Any, final
 import torch
 
 from fairseq_moe_opt.checkpoints import fairseq
+from fairseq_moe_opt.checkpoints.expert_dtypes import is_scale, with_expert_dtype, write_note
 from fairseq_moe_opt.checkpoints.keymaps import TIED, hf_config, hf_generation_config, hf_names
 from fairseq_moe_opt.checkpoints.legacy import legacy_files, rewrite_as_zip
 from fairseq_moe_opt.checkpoints.opening import open_index
@@ -58,6 +59,7 @@ def convert(
     spm: str | PathLike[str] | None = None,
     dictionary: str | PathLike[str] | None = None,
     src_lang: str | None = None,
+    expert_dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Conversion:
     """Writes ``src`` as a Transformers folder ``dst`` with safetensors of at most ``shard_bytes`` each.
@@ -65,9 +67,11 @@ def convert(
     A fairseq checkpoint becomes an NLLB-MoE folder, with a tokenizer when a SentencePiece model and a
     dictionary are given as ``spm`` and ``dictionary`` or stand beside it (``spm.model``, ``dict.txt``);
     ``src_lang`` is the tokenizer's first source language. A Hugging Face folder (``pytorch_model*.bin``, zip
-    or old format, or safetensors) keeps its names and other files. ``dtype`` None keeps each tensor's own.
-    Memory holds one tensor at a time. Raises OptionError for an unknown ``to`` or ``dtype``, CheckpointError
-    for a source that cannot be read or expressed and for a destination that holds something already.
+    or old format, or safetensors) keeps its names and other files. ``dtype`` None keeps each tensor's own;
+    ``expert_dtype`` ``bf16`` or ``int8`` is of the experts alone (see :mod:`.expert_dtypes`).
+    Memory holds one tensor at a time. Raises OptionError for an unknown ``to``, ``dtype`` or ``expert_dtype``,
+    CheckpointError for a source that cannot be read or expressed, for one whose experts cannot change their
+    dtype, and for a destination that holds something already.
     """
     source, target = Path(src), Path(dst)
     wanted = _dtype_of(dtype)
@@ -82,7 +86,8 @@ def convert(
         else:
             outputs = _hf_outputs(index, wanted)
             kind = _copy_companions(source, folder, dtype)
-        files = write_safetensors(folder, outputs, shard_bytes)
+        outputs = with_expert_dtype(outputs, expert_dtype, index)
+        files = write_safetensors(folder, outputs, shard_bytes, write_note(folder, outputs, expert_dtype, dtype))
     return Conversion(
         target,
         tuple(target / file.name for file in files),
@@ -197,7 +202,10 @@ def _hf_outputs(index: CheckpointIndex, wanted: torch.dtype | None) -> list[Outp
         for name, record in index.items()
         if name.endswith("shared.weight") or _place(record) not in shared
     ]
-    return [Output(name, record, _float_dtype(record, wanted)) for name, record in kept]
+    return [
+        Output(name, record, record.dtype if is_scale(index, name) else _float_dtype(record, wanted))
+        for name, record in kept
+    ]
 
 
 def _place(record: TensorRecord) -> tuple[object, ...]:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 import fairseq_moe_opt
-from fairseq_moe_opt.cli.flags import Dtype, with_moe_flags
+from fairseq_moe_opt.cli.flags import Dtype, ExpertDtype, with_moe_flags
 from fairseq_moe_opt.errors import MoEError
 
 NAME = "moe-opt"
@@ -130,6 +130,9 @@ def convert(
     dst: Annotated[Path, typer.Argument(metavar="DST", help="folder to write; must not exist, or be empty")],
     to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="format to write: hf")] = "hf",
     dtype: Annotated[Dtype | None, typer.Option(help="dtype to store; each tensor's own if not given")] = None,
+    expert_dtype: Annotated[
+        ExpertDtype | None, typer.Option(help="dtype to store the experts in, where it is to be another")
+    ] = None,
     spm: Annotated[
         Path | None, typer.Option(help="SentencePiece model; default: spm.model beside the checkpoint")
     ] = None,
@@ -154,6 +157,7 @@ def convert(
             spm=spm,
             dictionary=dictionary,
             src_lang=src_lang,
+            expert_dtype=None if expert_dtype is None else expert_dtype.value,
         )
     files = f"{len(done.files)} file{'s' if len(done.files) > 1 else ''}"
     tokenizer = "no tokenizer (--spm and --dict give one)" if done.tokenizer is None else f"tokenizer: {done.tokenizer}"

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fairseq_moe_opt.errors import OptionError
+from fairseq_moe_opt.moe.quantization import dequantize
 from fairseq_moe_opt.moe.types import ACTIVATIONS, ExpertWave, ExpertWeights, PackedExperts
 
 _ACTIVATE: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -30,8 +31,19 @@ def activate(name: str, hidden: Tensor) -> Tensor:
     return _ACTIVATE[name](hidden)
 
 
+def compute_dtype(experts: torch.dtype, rows: torch.dtype) -> torch.dtype:
+    """What experts with matrices of dtype ``experts`` compute rows of another dtype in: their own, unless int8."""
+    return experts if experts.is_floating_point else rows
+
+
 def expert_ffn(rows: Tensor, expert: ExpertWeights, activation: str) -> Tensor:
-    """``fc2(act(fc1 x))`` of (r, D) rows, gated when the expert has a gate matrix. Differentiable."""
+    """``fc2(act(fc1 x))`` of (r, D) rows, gated when the expert has a gate matrix. Differentiable.
+
+    An int8 expert is computed from the floats of the rows' dtype that it stands for: gradients flow through its
+    matrices, never into them.
+    """
+    if expert.is_quantized:
+        expert = dequantize(expert, rows.dtype)
     hidden = functional.linear(rows, expert.fc1_weight, expert.fc1_bias)
     if expert.gate_weight is None:
         hidden = activate(activation, hidden)
@@ -54,6 +66,11 @@ class ResidentExperts:
     def num_experts(self) -> int:
         """E."""
         return self._num_experts
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the first expert's matrices, which is that of all."""
+        return self._load(0).fc1_weight.dtype
 
     @property
     def trainable(self) -> bool:
@@ -81,6 +98,11 @@ class ResidentPackedExperts:
     def packed(self) -> PackedExperts:
         """The stack itself."""
         return self._packed
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the matrices."""
+        return self._packed.fc1_weight.dtype
 
     @property
     def trainable(self) -> bool:
