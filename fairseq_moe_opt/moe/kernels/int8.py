@@ -20,6 +20,8 @@ operations, so it would add nothing but a dependency.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,10 @@ from fairseq_moe_opt.moe.kernels.workspace import ThreadWorkspace
 
 _FEW_ROWS = 16
 """Up to so many bfloat16 rows torch's int8 kernel beats the conversion of all codes; at 32 it no longer does."""
+
+_KERNEL_WIDTH = 16
+_KERNEL_ALIGNMENT: Mapping[torch.dtype, int] = {torch.bfloat16: 32, torch.int8: 16}
+"""torch's kernel reads 16 columns at a time by aligned loads, unchecked: else it reads past the end, or crashes."""
 
 _BLOCK_BYTES = 4 * 2**20
 """Codes are converted into blocks of this size: smaller ones pay for more calls, larger ones leave the cache."""
@@ -49,13 +55,25 @@ def int8_linear(
         int8_linear(rows.float(), codes, scale, None if bias is None else bias.float(), result, workspace)
         out.copy_(result)
         return
-    if rows.dtype == torch.bfloat16 and rows.shape[0] <= _FEW_ROWS:
-        out.copy_(torch._weight_int8pack_mm(rows.contiguous(), codes, scale.to(rows.dtype)))
+    if _suits_torch_kernel(rows, codes):
+        out.copy_(torch._weight_int8pack_mm(rows, codes, scale.to(rows.dtype)))
     else:
         _by_blocks(rows, codes, out, workspace)
         out.mul_(scale)
     if bias is not None:
         out.add_(bias)
+
+
+def _suits_torch_kernel(rows: Tensor, codes: Tensor) -> bool:
+    """Whether ``torch._weight_int8pack_mm`` is faster here, and safe.
+
+    torch aligns what it allocates, and so do the slots of a buffer: an expert takes the same way wherever it lies.
+    """
+    if rows.dtype != torch.bfloat16 or rows.shape[0] > _FEW_ROWS or codes.shape[1] % _KERNEL_WIDTH:
+        return False
+    return all(
+        tensor.is_contiguous() and tensor.data_ptr() % _KERNEL_ALIGNMENT[tensor.dtype] == 0 for tensor in (rows, codes)
+    )
 
 
 def _by_blocks(rows: Tensor, codes: Tensor, out: Tensor, workspace: ThreadWorkspace) -> None:
