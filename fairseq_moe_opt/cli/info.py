@@ -240,7 +240,7 @@ def _moe_layers(records: Iterable[TensorRecord]) -> tuple[MoELayerInfo, ...]:
             number=int(found[1]) if (found := _NUMBER.search(f"{name}.")) else None,
             num_experts=max(count for count, _ in members),
             nbytes=sum(record.nbytes for _, record in members),
-            parameters=sum(record.numel for _, record in members),
+            parameters=_parameters(record for _, record in members),
         )
         for name, members in groups.items()
     ]

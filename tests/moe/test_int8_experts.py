@@ -16,9 +16,6 @@ from fairseq_moe_opt.errors import KernelError, NoMoELayerError, OptionError
 from fairseq_moe_opt.moe import (
     ExpertWeights,
     GShardTop2Router,
-    LayerConfig,
-    LayerCounters,
-    MoELayer,
     ResidentExperts,
     available_kernels,
 )
@@ -28,25 +25,10 @@ from fairseq_moe_opt.moe.module_experts import Int8ModuleExperts, ModuleExperts
 from fairseq_moe_opt.moe.quantization import dequantize, quantize_rows_into
 from fairseq_moe_opt.moe.types import Segment
 from fairseq_moe_opt.options import MoEOptions
+from tests.helpers.layers import int8_expert, int8_layer
 
 CPU = torch.device("cpu")
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 3e-3}
-
-
-def int8_expert(
-    model_width: int = 24, ffn_width: int = 40, *, dtype: torch.dtype = torch.float32, gated: bool = False
-) -> ExpertWeights:
-    """Random codes, scales that make outputs of order 1, and biases of ``dtype``."""
-    expert = ExpertWeights.empty(model_width, ffn_width, dtype=torch.int8, bias_dtype=dtype, gated=gated)
-    for tensor in expert.tensors():
-        if tensor.dtype == torch.int8:
-            tensor.random_(-127, 128)
-        else:
-            tensor.normal_(0, 0.1)
-    for scale, width in ((expert.fc1_scale, model_width), (expert.fc2_scale, ffn_width), (expert.gate_scale, 16)):
-        if scale is not None:
-            scale.uniform_(0.5, 1.5).div_(70 * width**0.5)
-    return expert
 
 
 def run(kernel: str, expert: ExpertWeights, rows: Tensor, activation: str = "relu") -> Tensor:
@@ -55,15 +37,6 @@ def run(kernel: str, expert: ExpertWeights, rows: Tensor, activation: str = "rel
     with torch.no_grad():
         get_kernel(kernel).run(rows, [Segment(0, 0, len(rows))], wave, activation, out)
     return out
-
-
-def layer_over(experts: list[ExpertWeights], *, kernel: str = "auto", gating: str = "dynamic") -> MoELayer:
-    generator = torch.Generator().manual_seed(3)
-    gate = torch.randn(len(experts), experts[0].fc1_weight.shape[1], generator=generator)
-    store = ResidentExperts(len(experts), experts.__getitem__)
-    counters = LayerCounters("layer", "encoder", len(experts), False)
-    config = LayerConfig("relu", gating, kernel)
-    return MoELayer(lambda x: x.float() @ gate.t(), GShardTop2Router(len(experts)), store, config, counters)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
@@ -141,8 +114,8 @@ def test_every_way_of_a_layer_agrees(dtype: torch.dtype) -> None:
     results = {}
     with torch.no_grad():
         for kernel in available_kernels("cpu", torch.int8):
-            results[kernel] = layer_over(experts, kernel=kernel)(tokens).output
-        results["static"] = layer_over(experts, gating="static")(tokens).output
+            results[kernel] = int8_layer(experts, kernel=kernel)(tokens).output
+        results["static"] = int8_layer(experts, gating="static")(tokens).output
     assert list(results) == ["naive", "loop", "static"]
     atol = TOLERANCES[dtype] * float(results["naive"].abs().max())
     for result in results.values():
@@ -156,7 +129,7 @@ def test_gradients_pass_through_int8_experts() -> None:
     gradients = []
     for some in (experts, floats):
         tokens = torch.linspace(-1, 1, 24 * 10).view(10, 24).requires_grad_()
-        layer_over(some)(tokens).output.square().sum().backward()
+        int8_layer(some)(tokens).output.square().sum().backward()
         gradients.append(tokens.grad)
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-6)
 
@@ -166,12 +139,12 @@ def test_bf16_experts_compute_rows_of_a_float32_model() -> None:
     torch.manual_seed(6)
     experts = [dequantize(int8_expert(), torch.bfloat16) for _ in range(4)]
     tokens = torch.randn(30, 24)
-    wanted = layer_over([dequantize_bf16(expert) for expert in experts], kernel="naive")(tokens).output
+    wanted = int8_layer([dequantize_bf16(expert) for expert in experts], kernel="naive")(tokens).output
     for options in ({"kernel": "naive"}, {"kernel": "loop"}, {"gating": "static"}):
-        output = layer_over(experts, **options)(tokens).output
+        output = int8_layer(experts, **options)(tokens).output
         assert output.dtype == torch.float32
         torch.testing.assert_close(output, wanted, rtol=0, atol=3e-2 * float(wanted.abs().max()))
-    output = layer_over(experts)(tokens.clone().requires_grad_()).output
+    output = int8_layer(experts)(tokens.clone().requires_grad_()).output
     torch.testing.assert_close(output, wanted, rtol=0, atol=3e-2 * float(wanted.abs().max()))
 
 
@@ -185,7 +158,7 @@ def test_grouped_mm_refuses_int8_and_names_loop() -> None:
     with pytest.raises(KernelError, match=r"'grouped_mm' cannot run here: .*not int8.*use kernel='loop'"):
         needs_packed_experts(MoEOptions(kernel="grouped_mm"), CPU, torch.int8)
     with pytest.raises(KernelError, match=r"not int8.*use kernel='loop'"):
-        layer_over([int8_expert()] * 2, kernel="grouped_mm")(torch.randn(3, 24))
+        int8_layer([int8_expert()] * 2, kernel="grouped_mm")(torch.randn(3, 24))
     with pytest.raises(KernelError, match=r"not int8.*use kernel='loop'"):
         run("grouped_mm", int8_expert(), torch.randn(3, 24))
 
