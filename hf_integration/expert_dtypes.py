@@ -10,7 +10,7 @@ from torch import nn
 from fairseq_moe_opt.build import EXPERT_DTYPES
 from fairseq_moe_opt.checkpoints import CheckpointIndex, read_tensor
 from fairseq_moe_opt.checkpoints.expert_dtypes import NOTE, has_int8_experts, scale_of
-from fairseq_moe_opt.errors import OptionError
+from fairseq_moe_opt.errors import CheckpointError, OptionError
 from fairseq_moe_opt.moe.int8_linear import Int8Linear
 from fairseq_moe_opt.moe.quantization import quantize_rows_into
 from hf_integration.families import family_of
@@ -30,6 +30,17 @@ def resolve_expert_dtype(option: str, config: Any, index: CheckpointIndex) -> st
     if option != "checkpoint":
         return option
     return stored or ("bf16" if getattr(config, NOTE, None) == "bf16" else None)
+
+
+def require_scales(model: nn.Module) -> None:
+    """CheckpointError for int8 experts that were loaded by Transformers, which takes codes for weights."""
+    config = getattr(model, "config", None)
+    if getattr(config, NOTE, None) == "int8" and not any(isinstance(module, Int8Linear) for module in model.modules()):
+        raise CheckpointError(
+            getattr(config, "_name_or_path", "") or type(model).__name__,
+            "its experts are int8, and Transformers has loaded them without their scales; "
+            "load it with hf_integration.from_pretrained",
+        )
 
 
 def prepare_experts(model: nn.Module, expert_dtype: str | None) -> frozenset[str]:

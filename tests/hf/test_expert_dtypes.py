@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import NllbMoeForConditionalGeneration
 
 from fairseq_moe_opt.checkpoints import convert, open_index
 from fairseq_moe_opt.errors import CheckpointError, KernelError, OptionError
@@ -120,6 +121,12 @@ def test_undo_leaves_a_model_that_holds_int8_and_runs(int8_folder: Path) -> None
     assert torch.equal(logits(model, batch()), expected)
     copied = copy.deepcopy(model)
     assert torch.equal(logits(copied, batch()), expected)
+
+
+def test_codes_that_transformers_took_for_weights_are_refused(int8_folder: Path) -> None:
+    model = NllbMoeForConditionalGeneration.from_pretrained(int8_folder)
+    with pytest.raises(CheckpointError, match=r"int8: its experts are int8, .* load it with hf_integration"):
+        optimize(model)
 
 
 def test_refusals(folder: Path, int8_folder: Path) -> None:
