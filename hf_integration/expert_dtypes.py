@@ -47,7 +47,7 @@ def prepare_experts(model: nn.Module, expert_dtype: str | None) -> frozenset[str
     """Names of the layers of a ``model`` without storage that have a dtype of their own; int8 ones are exchanged."""
     if expert_dtype is None:
         return frozenset()
-    layers = dict(family_of(model).expert_layers(model))
+    layers = dict(family_of(model).expert_linears(model))
     if EXPERT_DTYPES[expert_dtype] == torch.int8:
         for name, layer in layers.items():
             linear = cast(nn.Linear, layer)

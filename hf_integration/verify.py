@@ -95,7 +95,7 @@ def compare(
 
 def expert_weight(model: PreTrainedModel) -> Tensor:
     """The first matrix of the first expert, whose dtype says which kernels can run."""
-    _, layer = next(family_of(model).expert_layers(model))
+    _, layer = next(family_of(model).expert_linears(model))
     return cast(Tensor, layer.weight)
 
 

@@ -21,7 +21,7 @@ class Family(Protocol):
     def matches(self, model: nn.Module) -> bool:
         """Whether ``model`` has layers of this family."""
 
-    def expert_layers(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    def expert_linears(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """Name and module of every linear layer of every expert."""
 
     def install(self, model: nn.Module, options: MoEOptions) -> Installed:

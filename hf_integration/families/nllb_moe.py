@@ -54,7 +54,7 @@ def install(model: nn.Module, options: MoEOptions) -> Installed:
     return Installed(NAME, tuple(layers), patches, expert_bytes)
 
 
-def expert_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def expert_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Name and module of every expert's ``fc1`` and ``fc2``, in the model's order."""
     for name, block in _blocks(model):
         for index, expert in enumerate(_experts(block)):
