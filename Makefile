@@ -27,13 +27,13 @@ REFERENCE := .reference/transformers-4.57.1
 REFERENCE_PINS := transformers==4.57.1 huggingface-hub==0.36.2 tokenizers==0.22.2 \
 	requests==2.34.2 urllib3==2.8.0 charset-normalizer==3.5.2 idna==3.20 certifi
 
-.PHONY: help demo test test-gpu lint style bench setup reference clean distclean FORCE
+.PHONY: help demo test test-gpu lint style bench bench-transformers bench-fairseq setup reference clean distclean FORCE
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1@\2/p' $(MAKEFILE_LIST) | column -t -s @ 2>/dev/null \
 		|| sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1: \2/p' $(MAKEFILE_LIST)
 
-demo: $(STAMPS)/project ## translate the demo's test set with the demo checkpoint (DEMO_ARGS=...)
+demo: $(STAMPS)/project $(STAMPS)/fairseq ## translate the demo's test set with the demo checkpoint (DEMO_ARGS=...)
 	$(BIN)/python examples/demo/run.py $(DEMO_ARGS)
 
 test: $(STAMPS)/project $(STAMPS)/fairseq ## run the tests (PYTEST_ARGS=...)
@@ -51,8 +51,13 @@ style: $(STAMPS)/dependencies ## let ruff format and mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMPS)/project $(REFERENCE) ## measure generation against Transformers 4.57.1 and 5.x (BENCH_ARGS=...)
+bench: bench-transformers bench-fairseq ## run all benchmarks
+
+bench-transformers: $(STAMPS)/project $(REFERENCE) ## generation against Transformers 4.57.1 and 5.x (BENCH_ARGS=...)
 	$(BIN)/python benchmarks/generate.py --reference $(REFERENCE) $(BENCH_ARGS)
+
+bench-fairseq: $(STAMPS)/project $(STAMPS)/fairseq ## fairseq with static and dynamic gating (FAIRSEQ_BENCH_ARGS=...)
+	$(BIN)/python benchmarks/fairseq_generate.py $(FAIRSEQ_BENCH_ARGS)
 
 setup: $(STAMPS)/project $(STAMPS)/fairseq ## set up .venv and run nothing
 

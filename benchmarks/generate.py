@@ -7,22 +7,19 @@ resident size of a side's process while it ran a case, all its weights included.
 
 from __future__ import annotations
 
-import json
-import os
-import platform
 import signal
 import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+from _machine import usable_cores, write_results
 from _results import Baseline, Row, baseline_of, rows_of, table_of
 from _rounds import busy_neighbour, make_weights, measure
 from _sides import QUICK, REFERENCE, Case, Shape, Side, sides_of
@@ -92,37 +89,11 @@ def run(plan: Plan, console: Console) -> list[Row]:
     return rows
 
 
-def machine() -> dict[str, Any]:
-    """Where this ran: processor, cores this process may use, operating system."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        models = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
-        name = models[0] if models else name
-    return {"cpu": name, "cores": usable_cores(), "system": f"{platform.system()} {platform.machine()}"}
-
-
-def usable_cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def write_json(path: Path, plan: Plan, rows: Sequence[Row]) -> None:
     """Write machine, versions, date, arguments and rows."""
-    content = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": machine(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": version("transformers"),
-            "reference": REFERENCE if plan.reference is not None else None,
-        },
-        "arguments": plan.to_dict(),
-        "rows": [row.to_dict() for row in rows],
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    reference = REFERENCE if plan.reference is not None else None
+    versions = {"transformers": version("transformers"), "reference": reference}
+    write_results(path, versions, plan.to_dict(), [row.to_dict() for row in rows])
 
 
 @app.command()

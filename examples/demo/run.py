@@ -5,9 +5,10 @@
 1. translates the sentences of ``demo.tsv.gz`` and shows a few, beside what Transformers alone makes of them;
 2. scores each language with chrF and BLEU (sacrebleu's defaults);
 3. compares static with dynamic gating: first their tokens, which have to be equal, then their speed, taking turns;
-4. prints the report that the runtime keeps, and writes it with all translations into ``--output``.
+4. prints the report that the runtime keeps, and writes it with all translations into ``--output``;
+5. converts the checkpoint for fairseq and does the same comparison with ``fairseq-generate`` (see fairseq_half.py).
 
-Exits with 1 when static and dynamic gating disagree.
+Exits with 1 when static and dynamic gating disagree, in Transformers or in fairseq.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in this folder
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import fairseq_half
 import sacrebleu
 import torch
 import transformers
@@ -89,7 +91,7 @@ def main() -> int:
     agree = compare_gatings(console, arguments, tokenizer, pairs)
     show_report(console, report, f"the last language, {TARGETS[-1]}")
     save(console, arguments.output, hypotheses, report)
-    return 0 if agree else 1
+    return 0 if run_fairseq_half(console, arguments, tokenizer, pairs) and agree else 1
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -294,6 +296,30 @@ def take_turns(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, flo
             run()
             seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def run_fairseq_half(
+    console: Console, arguments: argparse.Namespace, tokenizer: Any, pairs: dict[str, list[Pair]]
+) -> bool:
+    """The first language once more, by ``fairseq-generate``: whether static and dynamic gating agree there too."""
+    if not fairseq_half.is_installed():
+        console.print("\nfairseq is not installed, so its half is left out; `make demo` installs it", markup=False)
+        return True
+    task = fairseq_half.Task(
+        model=arguments.model,
+        pairs=[(pair.english, pair.reference) for pair in pairs[TARGETS[0]]],
+        source=SOURCE,
+        target=TARGETS[0],
+        languages=(SOURCE, *TARGETS),
+        batch_size=arguments.batch_size,
+        threads=arguments.threads,
+    )
+    console.print()
+    try:
+        return fairseq_half.compare(console, task, tokenizer)
+    except (fairseq_half.FairseqError, MoEError) as error:
+        console.print(f"demo, fairseq half: {error}", style="bold red", markup=False)
+        return False
 
 
 def show_report(console: Console, report: Report, of_what: str) -> None:

@@ -53,6 +53,14 @@ def has_int8_experts(names_and_dtypes: Iterable[tuple[str, torch.dtype]]) -> boo
     return any(dtype == torch.int8 and _EXPERT_TENSOR.fullmatch(name) for name, dtype in names_and_dtypes)
 
 
+def require_float_experts(index: CheckpointIndex) -> None:
+    """CheckpointError for int8 experts, which fairseq's layout has no place for."""
+    if has_int8_experts((name, record.dtype) for name, record in index.items()):
+        raise CheckpointError(
+            index.path, "its experts are int8, which fairseq cannot hold; convert the checkpoint they were made from"
+        )
+
+
 def with_expert_dtype(outputs: Sequence[Output], expert_dtype: str | None, index: CheckpointIndex) -> list[Output]:
     """``outputs`` with the experts' tensors stored as ``expert_dtype`` says; None changes nothing.
 

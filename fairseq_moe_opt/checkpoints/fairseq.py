@@ -17,7 +17,7 @@ from typing import Any, final
 
 from fairseq_moe_opt.checkpoints.records import CheckpointIndex, TensorRecord
 from fairseq_moe_opt.checkpoints.restricted import plain
-from fairseq_moe_opt.checkpoints.torch_zip import only_tensors, open_torch_zip, tensor_records
+from fairseq_moe_opt.checkpoints.torch_zip import TorchZip, only_tensors, open_torch_zip, tensor_records
 from fairseq_moe_opt.errors import CheckpointError
 
 FORMAT = "fairseq"
@@ -25,6 +25,8 @@ _NAME = re.compile(r"(?P<stem>.+?)(?:-shared|-rank-(?P<rank>\d+))?\.pt")
 _FSDP_SHARD = re.compile(r".+-shard ?\d+\.pt")
 _EXPERT = re.compile(r"(?P<before>.*\.experts\.)(?P<number>\d+)(?P<after>\..*)")
 _GATE = ".moe_layer.gate.wg.weight"
+# Options of cfg.model that are the same in every process of a run; others (ranks, ports, devices) may differ.
+_RUN_OPTION = re.compile(r"(?:moe|cmr|encoder|decoder)_.*|arch|activation_fn|dropout|seed|use_moe_pad_mask")
 
 
 @final
@@ -66,7 +68,7 @@ def read_index(path: Path, replication_count: int | None = None) -> CheckpointIn
     shared = _open_part(files.shared)
     parts = [_open_part(files.ranks[rank]) for rank in _without_gap(files)]
     _require_same_checkpoint(shared, parts)
-    experts = _expert_count(shared.tensors)
+    experts = expert_count(shared.tensors)
     copies = _replication(files.shared, parts, experts, replication_count)
     records = {**shared.tensors, **_merge(parts[: len(parts) // copies])}
     _require_experts(files.shared, records, experts)
@@ -83,6 +85,31 @@ def weight_files(path: Path) -> tuple[Path, ...]:
     """The files of the checkpoint that ``path`` means: the shared (or only) one first, then the ranks."""
     files = _locate(path)
     return (files.shared, *(files.ranks[rank] for rank in sorted(files.ranks)))
+
+
+def open_file(path: Path) -> TorchZip:
+    """One file's pickle, whose ``content`` has a ``model`` entry; CheckpointError for any other kind of file."""
+    archive = open_torch_zip(path)
+    if not isinstance(archive.content, Mapping) or not isinstance(archive.content.get("model"), Mapping):
+        raise CheckpointError(path, "is not a fairseq checkpoint: it has no `model` entry")
+    return archive
+
+
+def is_part(path: Path) -> bool:
+    """Whether a name is that of a shared or rank file."""
+    match = _NAME.fullmatch(path.name)
+    return match is not None and path.name != f"{match['stem']}.pt"
+
+
+def is_expert(name: str) -> bool:
+    """The branches' rule on which tensors go into rank files; the gates (``gate.wg``) do not."""
+    return "expert" in name and "expert_centroids" not in name
+
+
+def split_expert(name: str) -> tuple[str, int, str] | None:
+    """An expert's tensor name as what stands before its number, the number, and what follows; None for others."""
+    match = _EXPERT.fullmatch(name)
+    return (match["before"], int(match["number"]), match["after"]) if match else None
 
 
 def folder_of(path: Path) -> Path:
@@ -146,10 +173,8 @@ def _without_gap(files: _Files) -> list[int]:
 
 
 def _open_part(path: Path) -> _Part:
-    archive = open_torch_zip(path)
+    archive = open_file(path)
     content = archive.content
-    if not isinstance(content, Mapping) or not isinstance(content.get("model"), Mapping):
-        raise CheckpointError(path, "is not a fairseq checkpoint: it has no `model` entry")
     tensors = tensor_records(archive, only_tensors(content["model"]))
     return _Part(path, tensors, _plain_cfg(content), _num_updates(content))
 
@@ -178,6 +203,8 @@ def _require_same_checkpoint(shared: _Part, parts: list[_Part]) -> None:
                 part.path,
                 f"is of another checkpoint: {part.num_updates} updates, {shared.path.name} has {shared.num_updates}",
             )
+        if option := _differing_option(shared, part):
+            raise CheckpointError(part.path, f"is of another checkpoint than {shared.path.name}: {option}")
         if _signature(part) != _signature(parts[0]):
             raise CheckpointError(
                 part.path,
@@ -185,18 +212,27 @@ def _require_same_checkpoint(shared: _Part, parts: list[_Part]) -> None:
             )
 
 
+def _differing_option(shared: _Part, part: _Part) -> str | None:
+    """The first option of the run that two files disagree about, with both values."""
+    one, other = (found.cfg.get("model") or {} for found in (shared, part))
+    for name in sorted(set(one) & set(other)):
+        if _RUN_OPTION.fullmatch(str(name)) and one[name] != other[name]:
+            return f"{name} is {other[name]!r}, not {one[name]!r}"
+    return None
+
+
 def _signature(part: _Part) -> dict[str, tuple[object, ...]]:
     return {name: (record.dtype, record.shape) for name, record in part.tensors.items()}
 
 
-def _expert_count(tensors: Mapping[str, TensorRecord]) -> int:
+def expert_count(tensors: Mapping[str, TensorRecord]) -> int:
     """How many experts the routers choose from; 0 for a dense model."""
     return max((record.shape[0] for name, record in tensors.items() if name.endswith(_GATE)), default=0)
 
 
 def _local_count(part: _Part) -> int:
     """How many experts of each layer one rank file holds."""
-    numbers = {int(match["number"]) for name in part.tensors if (match := _EXPERT.fullmatch(name))}
+    numbers = {parts[1] for name in part.tensors if (parts := split_expert(name))}
     if numbers != set(range(len(numbers))):
         raise CheckpointError(part.path, f"its experts are not numbered 0 to {len(numbers) - 1}")
     return len(numbers)
@@ -224,9 +260,9 @@ def _merge(parts: Iterable[_Part]) -> dict[str, TensorRecord]:
     for rank, part in enumerate(parts):
         local = _local_count(part)
         for name, record in part.tensors.items():
-            match = _EXPERT.fullmatch(name)
-            if match:
-                name = f"{match['before']}{rank * local + int(match['number'])}{match['after']}"
+            if parts_of_name := split_expert(name):
+                before, number, after = parts_of_name
+                name = f"{before}{rank * local + number}{after}"
             merged[name] = replace(record, name=name)
     return merged
 

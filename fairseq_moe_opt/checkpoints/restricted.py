@@ -71,6 +71,11 @@ class InertConfig(Inert):
     """Stands in for any class of omegaconf: containers (``_content``) and value nodes (``_val``)."""
 
 
+@final
+class InertScalar(Inert):
+    """Stands in for a numpy scalar: its arguments are an inert dtype and the bytes."""
+
+
 def plain(value: Any) -> Any:
     """Turns unpickled configuration into dicts, lists and scalars; foreign leaves become None."""
     if isinstance(value, InertNamespace):
@@ -169,8 +174,8 @@ _FUNCTIONS: Mapping[tuple[str, str], Callable[..., Any]] = {
     ("typing", "Any"): Inert,
     # Trainer state may hold a numpy scalar (a best loss): kept as an inert leaf, numpy is not called.
     ("numpy", "dtype"): Inert,
-    ("numpy.core.multiarray", "scalar"): Inert,
-    ("numpy._core.multiarray", "scalar"): Inert,
+    ("numpy.core.multiarray", "scalar"): InertScalar,
+    ("numpy._core.multiarray", "scalar"): InertScalar,
 }
 
 # Only types whose construction from pickled data is harmless: no bytes(10**12), no getattr, no eval.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, final
 
@@ -59,18 +61,42 @@ def read_model(path: Path) -> SentencePieceModel:
     )
 
 
-def _parse(path: Path) -> Any:
+def is_available() -> bool:
+    """Whether the packages that read and make model files are installed."""
+    return all(find_spec(name) is not None for name in ("sentencepiece", "google", "google.protobuf"))
+
+
+def serialized(
+    pieces: Sequence[Piece], charsmap: bytes, *, add_dummy_prefix: bool, remove_extra_whitespaces: bool
+) -> bytes:
+    """The bytes of a unigram model with these pieces in id order; bytes among them make it fall back to bytes."""
+    proto = _new_proto()
+    proto.trainer_spec.model_type = UNIGRAM
+    proto.trainer_spec.vocab_size = len(pieces)
+    proto.trainer_spec.byte_fallback = any(piece.kind == BYTE for piece in pieces)
+    proto.normalizer_spec.precompiled_charsmap = charsmap
+    proto.normalizer_spec.add_dummy_prefix = add_dummy_prefix
+    proto.normalizer_spec.remove_extra_whitespaces = remove_extra_whitespaces
+    for piece in pieces:
+        proto.pieces.add(piece=piece.text, score=piece.score, type=piece.kind)
+    return bytes(proto.SerializeToString())
+
+
+def _new_proto() -> Any:
     try:
-        from google.protobuf.message import DecodeError
         from sentencepiece import sentencepiece_model_pb2
     except ImportError as error:
         raise MoEError(
             "making a tokenizer needs sentencepiece and protobuf: pip install sentencepiece protobuf"
         ) from error
-    proto = sentencepiece_model_pb2.ModelProto()
+    return sentencepiece_model_pb2.ModelProto()
+
+
+def _parse(path: Path) -> Any:
+    proto = _new_proto()
     try:
         proto.ParseFromString(path.read_bytes())
-    except DecodeError as error:
+    except Exception as error:  # protobuf's DecodeError, whose module differs between its implementations
         raise CheckpointError(path, "is not a SentencePiece model") from error
     if not proto.pieces:
         raise CheckpointError(path, "is not a SentencePiece model: it has no pieces")

@@ -58,14 +58,35 @@ def build_symbols(dictionary: Sequence[str], pieces: Collection[str], cfg: Mappi
     like one, else a control symbol. ``__fra_Latn__`` is named ``fra_Latn``, as Transformers does.
     """
     known = set(pieces)
-    appended = tuple(f"__{language}__" for language in _task_languages(cfg) if f"__{language}__" not in dictionary)
-    tags = DATA_TAGS if _has_tags(cfg) else ()
+    appended = tuple(name for name in language_symbols(cfg) if name not in dictionary)
+    tags = tag_symbols(cfg)
     never_text = [name for name in (*dictionary, *appended) if name not in known and not _FILLER.fullmatch(name)]
-    languages = tuple(_plain_code(name) for name in never_text if _LANGUAGE.fullmatch(_plain_code(name)))
-    renamed = {name: _plain_code(name) for name in never_text if _plain_code(name) in languages}
+    languages = tuple(plain_code(name) for name in never_text if is_language(name))
+    renamed = {name: plain_code(name) for name in never_text if plain_code(name) in languages}
     names = tuple(renamed.get(name, name) for name in (*CONTROLS, *dictionary, *appended, *tags))
     special = {*CONTROLS, *tags, *(renamed.get(name, name) for name in never_text)}
     return Symbols(names, languages, frozenset(special))
+
+
+def language_symbols(cfg: Mapping[str, Any]) -> tuple[str, ...]:
+    """The symbols that a multilingual task puts after the dictionary's, ``__code__`` each."""
+    return tuple(f"__{language}__" for language in _task_languages(cfg))
+
+
+def tag_symbols(cfg: Mapping[str, Any]) -> tuple[str, ...]:
+    """The symbols that a task with data-source tags puts after the languages'."""
+    return DATA_TAGS if _task(cfg).get("add_data_source_prefix_tags") else ()
+
+
+def is_language(name: str) -> bool:
+    """Whether a symbol that is no piece looks like a language code, ``fra_Latn`` or ``__fra_Latn__``."""
+    return _LANGUAGE.fullmatch(plain_code(name)) is not None
+
+
+def plain_code(name: str) -> str:
+    """``fra_Latn`` of ``__fra_Latn__``; any other name as it is."""
+    match = _WRAPPED.fullmatch(name)
+    return match["code"] if match else name
 
 
 def _lines(path: Path) -> list[str]:
@@ -94,12 +115,3 @@ def _task_languages(cfg: Mapping[str, Any]) -> tuple[str, ...]:
     pairs = task.get("lang_pairs") or []
     pairs = pairs.split(",") if isinstance(pairs, str) else pairs
     return tuple(sorted({code for pair in pairs for code in str(pair).split("-")}))
-
-
-def _has_tags(cfg: Mapping[str, Any]) -> bool:
-    return bool(_task(cfg).get("add_data_source_prefix_tags"))
-
-
-def _plain_code(name: str) -> str:
-    match = _WRAPPED.fullmatch(name)
-    return match["code"] if match else name

@@ -40,7 +40,11 @@ UNIGRAM_CLASS = "MoETranslationTokenizer"
 BPE_CLASS = "NllbTokenizer"
 SPACE = "▁"
 MASK = "<mask>"
-SPM_NAMES = ("spm.model", "sentencepiece.model", "sentencepiece.bpe.model")
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+EXTRA_SPACES = " {2,}"
+DICTIONARY_NAME = "dict.txt"
+BPE_NAME = "sentencepiece.bpe.model"
+SPM_NAMES = ("spm.model", "sentencepiece.model", BPE_NAME)
 # Worse than any way to spell a control symbol in pieces, so that text never turns into one.
 _NEVER = -1000.0
 
@@ -56,7 +60,7 @@ def find_text_files(
     Raises CheckpointError when only one of the two can be found and the other was given.
     """
     model = Path(spm) if spm is not None else _first(folder, SPM_NAMES)
-    words = Path(dictionary) if dictionary is not None else _first(folder, _dictionary_names(cfg))
+    words = Path(dictionary) if dictionary is not None else find_dictionary(folder, cfg)
     if model is not None and words is not None:
         return model, words
     if spm is not None:
@@ -64,6 +68,11 @@ def find_text_files(
     if dictionary is not None:
         raise CheckpointError(words or folder, "given without a SentencePiece model, and no spm.model is there")
     return None
+
+
+def find_dictionary(folder: Path, cfg: Mapping[str, Any]) -> Path | None:
+    """The dictionary beside a checkpoint, None without one."""
+    return _first(folder, _dictionary_names(cfg))
 
 
 def write_tokenizer(
@@ -78,6 +87,8 @@ def write_tokenizer(
 ) -> str:
     """Writes ``tokenizer.json`` and ``tokenizer_config.json`` and returns ``unigram`` or ``bpe``.
 
+    Beside them go the SentencePiece model (under NLLB's name for a BPE model) and the dictionary, for the way back.
+
     ``rows`` is the number of embedding rows, which the symbols have to fill; ``src_lang`` is the language
     baked into the template (default: ``eng_Latn`` where it exists, else the first).
     """
@@ -86,12 +97,15 @@ def write_tokenizer(
     symbols = build_symbols(words, [piece.text for piece in model.pieces if piece.kind != spm_model.CONTROL], cfg)
     _require_complete(model, symbols, dictionary, rows)
     source = _source_language(symbols, src_lang)
-    if model.algorithm == spm_model.BPE:
+    is_bpe = model.algorithm == spm_model.BPE
+    if is_bpe:
         symbols = _with_mask(symbols)
-        shutil.copyfile(spm, folder / "sentencepiece.bpe.model")
-    write_json(folder / "tokenizer.json", tokenizer_json(model, symbols, source))
-    write_json(folder / "tokenizer_config.json", _tokenizer_config(model, symbols, source, max_length))
-    return "bpe" if model.algorithm == spm_model.BPE else "unigram"
+    for source_file, name in ((spm, BPE_NAME if is_bpe else SPM_NAMES[0]), (dictionary, DICTIONARY_NAME)):
+        if source_file.resolve() != (folder / name).resolve():
+            shutil.copyfile(source_file, folder / name)
+    write_json(folder / TOKENIZER, tokenizer_json(model, symbols, source))
+    write_json(folder / TOKENIZER_CONFIG, _tokenizer_config(model, symbols, source, max_length))
+    return "bpe" if is_bpe else "unigram"
 
 
 def tokenizer_json(model: SentencePieceModel, symbols: Symbols, src_lang: str | None) -> dict[str, Any]:
@@ -119,7 +133,7 @@ def _dictionary_names(cfg: Mapping[str, Any]) -> tuple[str, ...]:
     """``dict.txt``, or fairseq's own name of the source side's dictionary, which a joined one shares."""
     task = cfg.get("task")
     source = task.get("source_lang") if isinstance(task, Mapping) else None
-    return ("dict.txt", f"dict.{source}.txt") if source else ("dict.txt",)
+    return (DICTIONARY_NAME, f"dict.{source}.txt") if source else (DICTIONARY_NAME,)
 
 
 def _require_complete(model: SentencePieceModel, symbols: Symbols, dictionary: Path, rows: int) -> None:
@@ -170,7 +184,7 @@ def _normalizers(model: SentencePieceModel) -> list[dict[str, Any]]:
     escape = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     if not model.remove_extra_whitespaces:
         return [*steps, *prefix, *unguard, escape]
-    spaces = [replace_step(r"\A +", ""), replace_step(" {2,}", " ")]
+    spaces = [replace_step(r"\A +", ""), replace_step(EXTRA_SPACES, " ")]
     return [*steps, *unguard, *spaces, *prefix, escape, replace_step(rf"{SPACE}+\z", "")]
 
 

@@ -78,7 +78,7 @@ def _require_zip(path: Path) -> None:
         raise CheckpointError(
             path,
             "is in PyTorch's old non-zip format, which has no byte ranges; rewrite it with "
-            "`moe-opt convert SRC DST --to hf`",
+            "`moe-opt convert SRC DST` (--to fairseq for a fairseq checkpoint)",
         )
     if not start.startswith(_ZIP_MAGIC):
         raise CheckpointError(path, "is not a PyTorch checkpoint (neither a zip nor the old format)")

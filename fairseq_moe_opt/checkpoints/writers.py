@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import enum
 import json
 import math
@@ -59,6 +58,11 @@ class Output:
         return codes if self.part is Part.CODES else scale
 
 
+def float_dtype(record: TensorRecord, wanted: torch.dtype | None) -> torch.dtype:
+    """The dtype to store: only floating tensors are ever converted."""
+    return wanted if wanted is not None and record.dtype.is_floating_point else record.dtype
+
+
 def write_safetensors(
     folder: Path,
     outputs: Sequence[Output],
@@ -110,8 +114,7 @@ def _write_file(path: Path, outputs: Sequence[Output], metadata: Mapping[str, st
         header = _header(path, outputs, metadata)
         stream.write(len(header).to_bytes(8, "little") + header)
         for output in outputs:
-            tensor = output.read()  # held here: what is written is its memory, which nothing else keeps
-            stream.write(_bytes_of(tensor))
+            stream.write(bytes_of(output.read()))
 
 
 def _header(path: Path, outputs: Sequence[Output], metadata: Mapping[str, str]) -> bytes:
@@ -128,9 +131,6 @@ def _header(path: Path, outputs: Sequence[Output], metadata: Mapping[str, str]) 
     return text + b" " * (-len(text) % 8)
 
 
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    """A contiguous CPU tensor's memory, whatever its dtype (numpy has no bfloat16)."""
-    size = tensor.numel() * tensor.element_size()
-    if size == 0:
-        return memoryview(b"")
-    return memoryview((ctypes.c_char * size).from_address(tensor.data_ptr())).cast("B")
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """A contiguous CPU tensor's memory, whatever its dtype (numpy has no bfloat16); the view keeps it alive."""
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data

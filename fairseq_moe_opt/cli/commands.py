@@ -125,25 +125,48 @@ def info(
 @app.command()
 def convert(
     src: Annotated[
-        Path, typer.Argument(metavar="SRC", help="fairseq checkpoint (x.pt, x-shared.pt, folder), or a .bin folder")
+        Path,
+        typer.Argument(
+            metavar="SRC", help="fairseq checkpoint (x.pt, x-shared.pt, folder), or a Transformers folder or .bin"
+        ),
     ],
-    dst: Annotated[Path, typer.Argument(metavar="DST", help="folder to write; must not exist, or be empty")],
-    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="format to write: hf")] = "hf",
+    dst: Annotated[
+        Path,
+        typer.Argument(metavar="DST", help="hf: folder to write, new or empty; fairseq: x.pt, new under all its names"),
+    ],
+    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="format to write: hf or fairseq")] = "hf",
+    ranks: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="fairseq only: x-shared.pt and N rank files, N dividing the experts; 0 or not given: one file",
+        ),
+    ] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="dtype to store; each tensor's own if not given")] = None,
     expert_dtype: Annotated[
         ExpertDtype | None, typer.Option(help="dtype to store the experts in, where it is to be another")
     ] = None,
     spm: Annotated[
-        Path | None, typer.Option(help="SentencePiece model; default: spm.model beside the checkpoint")
+        Path | None,
+        typer.Option(help="SentencePiece model; default: spm.model (or sentencepiece.bpe.model) beside the checkpoint"),
     ] = None,
     dictionary: Annotated[
         Path | None, typer.Option("--dict", help="fairseq dictionary; default: dict.txt beside the checkpoint")
     ] = None,
     src_lang: Annotated[
-        str | None, typer.Option(metavar="CODE", help="source language the tokenizer starts with")
+        str | None, typer.Option(metavar="CODE", help="hf only: source language the tokenizer starts with")
     ] = None,
 ) -> None:
-    """Write a checkpoint as a Transformers folder: safetensors, configuration, tokenizer."""
+    """Write a checkpoint as a Transformers folder or in fairseq's layout, tensor by tensor.
+
+    --to hf: safetensors, configuration and tokenizer.
+
+    --to fairseq: one file, or a shared file and rank files, with dict.txt and
+    spm.model; rank files of a fairseq checkpoint are merged or spread anew.
+
+    The way there and back is exact, bit for bit.
+    """
     from fairseq_moe_opt.checkpoints import convert as convert_checkpoint
     from fairseq_moe_opt.cli.info import readable
     from fairseq_moe_opt.cli.progress import status
@@ -154,14 +177,18 @@ def convert(
             dst,
             to,
             None if dtype is None else dtype.value,
+            ranks=ranks,
             spm=spm,
             dictionary=dictionary,
             src_lang=src_lang,
             expert_dtype=None if expert_dtype is None else expert_dtype.value,
         )
     files = f"{len(done.files)} file{'s' if len(done.files) > 1 else ''}"
-    tokenizer = "no tokenizer (--spm and --dict give one)" if done.tokenizer is None else f"tokenizer: {done.tokenizer}"
-    typer.echo(f"{done.path}: {done.tensors} tensors, {readable(done.nbytes)} in {files}; {tokenizer}")
+    kind = "tokenizer" if to == "hf" else "texts"
+    texts = f"no {kind} (--spm and --dict give one)" if done.tokenizer is None else f"{kind}: {done.tokenizer}"
+    typer.echo(f"{done.path}: {done.tensors} tensors, {readable(done.nbytes)} in {files}; {texts}")
+    for note in done.notes:
+        typer.echo(f"note: {note}")
 
 
 @app.command()

@@ -93,6 +93,11 @@ class MoEBlock(nn.Module):
         self._observers = (*self._observers, observer)
         self._engine = None
 
+    def run_as(self, options: MoEOptions) -> None:
+        """Run as ``options`` say from the next forward on; counters start anew."""
+        self.options = options
+        self._engine = None
+
     def forward(self, hidden: Tensor, padding: Tensor | None = None) -> Tensor:
         """(T, B, D) through the experts; rows with True in ``padding`` (B, T) go nowhere and give 0."""
         length, batch, width = hidden.shape

@@ -45,6 +45,7 @@ def _wrap(stock: Callable[..., Any]) -> Callable[..., Any]:
         _show_errors_in_one_line()
         result = stock(parser, *args, **kwargs)
         parsed = result[0] if isinstance(result, tuple) else result
+        _allow_bf16_on_cpu(parsed)
         try:
             if loads:
                 _settle(parsed)
@@ -76,6 +77,12 @@ def _add_flags(parser: ArgumentParser, loads: bool) -> None:
         group.add_argument("--replication-count", type=int, default=None, help="copies of each expert in rank files")
         group.add_argument("--is-moe", action="store_true", help="accepted for the branches' command lines")
         group.add_argument("--moe-generation", action="store_true", help="accepted for the branches' command lines")
+
+
+def _allow_bf16_on_cpu(args: Namespace) -> None:
+    """fairseq takes ``--bf16`` for ``--tpu``, whose library is not there; with ``--cpu`` it means what it says."""
+    if getattr(args, "cpu", False) and getattr(args, "bf16", False):
+        args.tpu = False
 
 
 def _check(values: Mapping[str, Any]) -> None:

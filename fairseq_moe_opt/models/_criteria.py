@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +15,10 @@ from fairseq.criterions.label_smoothed_cross_entropy import (
 )
 from fairseq.logging import metrics
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fairseq_moe_opt.errors import OptionError
+from fairseq_moe_opt.models._cross_entropy import label_smoothed_cross_entropy
 from fairseq_moe_opt.models._losses import GateLosses, collect_gate_losses
 
 COMBINE_METHODS = ("average", "sum")
@@ -61,6 +64,13 @@ def cmr_gate_loss(losses: GateLosses, share: float) -> Tensor | None:
     return (torch.stack([part.float() for part in losses.cmr_share]).sum() / tokens - share).abs()
 
 
+def quick_attention(model: torch.nn.Module) -> AbstractContextManager[object]:
+    """Attention whose backward pass is quick: torch's flash attention takes six times as long in bfloat16 on CPU."""
+    weight = next(model.parameters())
+    slow = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+    return sdpa_kernel(SDPBackend.MATH) if slow else nullcontext()
+
+
 class _GateLossCriterion:
     """Adds the gates' losses to what another criterion gives; comes before it among the bases."""
 
@@ -76,7 +86,7 @@ class _GateLossCriterion:
 
     def forward(self, model: Any, sample: Mapping[str, Any], reduce: bool = True) -> tuple[Tensor, Any, dict[str, Any]]:
         """fairseq's three: loss, sample size, values to log (``inner_loss`` is the loss without the gates')."""
-        with collect_gate_losses() as losses:
+        with collect_gate_losses() as losses, quick_attention(model):
             loss, sample_size, logging = super().forward(model, sample, reduce)  # type: ignore[misc]
         logging["inner_loss"] = loss.data
         gate = combined_gate_loss(losses.balance, self._method, self._transform)
@@ -145,6 +155,18 @@ class MoELabelSmoothedCrossEntropyCriterion(_GateLossCriterion, LabelSmoothedCro
             cmr_gate_loss_p,
             cmr_gate_loss_wt,
         )
+
+    def compute_loss(
+        self, model: Any, net_output: Any, sample: Mapping[str, Any], reduce: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """fairseq's two losses, in one pass over the logits where they are logits and a sum is wanted."""
+        if not reduce or getattr(model, "adaptive_softmax", None) is not None:
+            losses: tuple[Tensor, Tensor] = super().compute_loss(model, net_output, sample, reduce)
+            return losses
+        target = model.get_targets(sample, net_output).clone()
+        # Skipping them among the targets spares a copy of all logits.
+        target[:, : self.ignore_prefix_size] = self.padding_idx
+        return label_smoothed_cross_entropy(net_output[0].flatten(0, 1), target.flatten(), self.eps, self.padding_idx)
 
     @classmethod
     def reduce_metrics(cls, logging_outputs: Sequence[Mapping[str, Any]]) -> None:

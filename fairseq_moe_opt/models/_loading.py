@@ -1,7 +1,8 @@
 """fairseq's checkpoint loader, taught the branches' files and the runtime's options.
 
 ``x.pt`` that does not exist but has ``x-shared.pt`` and ``x-rank-N.pt`` is that checkpoint, whatever number of
-processes wrote it. Its files are read by byte range and unpickled by an unpickler that builds plain data only.
+processes wrote it. Files with experts, one or many, are read by byte range and unpickled by an unpickler that builds
+plain data only; dense checkpoints are left to fairseq.
 """
 
 from __future__ import annotations
@@ -9,8 +10,7 @@ from __future__ import annotations
 import functools
 import pickle
 import re
-from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
@@ -21,8 +21,9 @@ from fairseq.dataclass.utils import overwrite_args_by_name
 from omegaconf import OmegaConf, open_dict
 
 from fairseq_moe_opt.checkpoints import fairseq as reader
+from fairseq_moe_opt.checkpoints.lazy import LazyStateDict
 from fairseq_moe_opt.checkpoints.records import read_tensor
-from fairseq_moe_opt.checkpoints.restricted import Inert, InertConfig, InertNamespace, TensorSlot, plain
+from fairseq_moe_opt.checkpoints.saved_content import as_saved, slots_in
 from fairseq_moe_opt.checkpoints.torch_zip import TorchZip, open_torch_zip, tensor_records
 from fairseq_moe_opt.errors import CheckpointError, NoMoELayerError, OptionError
 from fairseq_moe_opt.models._arguments import (
@@ -34,7 +35,6 @@ from fairseq_moe_opt.models._arguments import (
     read_arguments,
 )
 
-_PART = re.compile(r".+-(?:shared|rank-\d+)\.pt")
 _ELSEWHERE = re.compile(r"moe_(?:gate_loss_.*|cmr_xgpu|generation)")
 """Arguments of the branches that are not the model's: accepted among overrides, without effect on inference."""
 
@@ -62,10 +62,12 @@ def _wrap_name(stock: Callable[..., str]) -> Callable[..., str]:
 def _wrap_load(stock: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
     def load(path: str, arg_overrides: Mapping[str, Any] | None = None, load_on_all_ranks: bool = False) -> Any:
         """The checkpoint as fairseq's dictionary, the options for its sparse layers in its configuration."""
-        if _is_parted(Path(path)):
-            state = _load_parts(Path(path), arg_overrides)
+        given = Path(path)
+        refusal = None if _is_parted(given) else _why_not_ours(given)
+        if refusal is None:
+            state = _load_sparse(given, arg_overrides)
         else:
-            state = _load_single(stock, path, arg_overrides, load_on_all_ranks)
+            state = _load_stock(functools.partial(stock, path, arg_overrides, load_on_all_ranks), given, refusal)
         model = _model_section(state)
         if model is not None:
             apply_overrides(model, arg_overrides or {}, path)
@@ -78,25 +80,43 @@ def _is_parted(path: Path) -> bool:
     """Whether ``path`` means a checkpoint of shared and rank files."""
     if path.suffix != ".pt":
         return False
-    return bool(_PART.fullmatch(path.name)) if path.is_file() else reader.supports_path(path)
+    return reader.is_part(path) if path.is_file() else reader.supports_path(path)
 
 
-def _load_single(
-    stock: Callable[..., dict[str, Any]], path: str, overrides: Mapping[str, Any] | None, on_all_ranks: bool
-) -> dict[str, Any]:
-    """fairseq's own way, with one clear line for a file that is damaged or holds a foreign class."""
+def _why_not_ours(path: Path) -> CheckpointError | None:
+    """Why a file is left to fairseq: it has no experts, or is not readable here. None for one that is ours."""
     try:
-        return stock(path, overrides, on_all_ranks)
+        model = reader.open_file(path).content["model"]
+    except CheckpointError as error:
+        return error
+    return None if _holds_experts(model) else CheckpointError(path, "has no Mixture-of-Experts layer")
+
+
+def _holds_experts(model: Any) -> bool:
+    return isinstance(model, Mapping) and any(reader.is_expert(str(name)) for name in model)
+
+
+def _load_stock(stock: Callable[[], dict[str, Any]], path: Path, refusal: CheckpointError) -> dict[str, Any]:
+    """fairseq's own way, for dense checkpoints of all kinds; what is wrong with a file is said in one line.
+
+    fairseq unpickles in torch's restricted way, which may accept what this project's reader does not know. That is
+    enough for a dense model; one with experts is read by this project's reader alone.
+    """
+    try:
+        state = stock()
     except (pickle.UnpicklingError, EOFError, OSError, RuntimeError) as error:
-        if not Path(path).is_file() or (isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error)):
+        if not path.is_file() or (isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error)):
             raise
         # Says what is wrong better than torch does, where it is one of the usual things.
-        open_torch_zip(Path(path))
+        open_torch_zip(path)
         raise CheckpointError(path, f"cannot be read: {str(error).splitlines()[0]}") from error
+    if _holds_experts(state.get("model")):
+        raise refusal
+    return state
 
 
-def _load_parts(path: Path, overrides: Mapping[str, Any] | None) -> dict[str, Any]:
-    """A checkpoint of shared and rank files as what one ordinary file of it would hold.
+def _load_sparse(path: Path, overrides: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A checkpoint with experts, in one file or in shared and rank files; its tensors stay there until asked for.
 
     Without overrides training goes on from it, and the optimizer's state is wanted; otherwise it is not read.
     """
@@ -104,8 +124,8 @@ def _load_parts(path: Path, overrides: Mapping[str, Any] | None) -> dict[str, An
     index = reader.read_index(path, None if copies is None else int(copies))
     archive = open_torch_zip(reader.weight_files(path)[0])
     left_out = {"model"} if overrides is None else {"model", "last_optimizer_state"}
-    state = _as_saved(archive, {key: value for key, value in archive.content.items() if key not in left_out})
-    state["model"] = {name: read_tensor(record) for name, record in index.items()}
+    state = _with_tensors(archive, {key: value for key, value in archive.content.items() if key not in left_out})
+    state["model"] = LazyStateDict(index)
     if state.get("args") is not None:
         for name, value in (overrides or {}).items():
             setattr(state["args"], name, value)
@@ -116,41 +136,10 @@ def _load_parts(path: Path, overrides: Mapping[str, Any] | None) -> dict[str, An
     return upgraded
 
 
-def _as_saved(archive: TorchZip, content: Any) -> Any:
-    """Unpickled stand-ins as the objects fairseq expects: Namespaces, plain configuration, tensors."""
-    slots = {str(id(slot)): slot for slot in _slots(content)}
-    records = tensor_records(archive, slots)
-
-    def convert(value: Any) -> Any:
-        if isinstance(value, InertNamespace):
-            return Namespace(**convert(value.state or {}))
-        if isinstance(value, InertConfig):
-            return plain(value)
-        if isinstance(value, TensorSlot):
-            return read_tensor(records[str(id(value))])
-        if isinstance(value, Inert):
-            return None
-        if isinstance(value, Mapping):
-            return {key: convert(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return type(value)(convert(item) for item in value)
-        return value
-
-    return convert(content)
-
-
-def _slots(value: Any) -> Iterator[TensorSlot]:
-    """Every tensor in unpickled content."""
-    if isinstance(value, TensorSlot):
-        yield value
-    elif isinstance(value, InertNamespace):
-        yield from _slots(value.state)
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _slots(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _slots(item)
+def _with_tensors(archive: TorchZip, content: Any) -> Any:
+    """What was pickled beside the model, its tensors (metrics, an optimizer's state) read."""
+    records = tensor_records(archive, {str(id(slot)): slot for slot in slots_in(content)})
+    return as_saved(content, lambda slot: read_tensor(records[str(id(slot))]))
 
 
 def _model_section(state: Mapping[str, Any]) -> Any:

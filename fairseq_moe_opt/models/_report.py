@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from fairseq_moe_opt.checkpoints import CheckpointIndex
 from fairseq_moe_opt.models._arguments import IMPLIED_BY
 from fairseq_moe_opt.models._block import MoEBlock
 from fairseq_moe_opt.moe.report import Report, peak_memory, tokens_by_phase, write_report
@@ -18,10 +19,16 @@ FAMILY = "fairseq-transformer"
 
 
 class ModelHandle:
-    """``model.moe``: the options a model runs with, its sparse blocks, and reports of what they did."""
+    """``model.moe``: the options a model runs with, its sparse blocks, and reports of what they did.
+
+    Attributes:
+        options: how the runtime was asked to run.
+        checkpoint: where each tensor of the checkpoint lies in its files; None before one is loaded by this package.
+    """
 
     def __init__(self, model: nn.Module, options: MoEOptions, implied_by: str | None = None) -> None:
         self.options = options
+        self.checkpoint: CheckpointIndex | None = None
         self._implied_by = implied_by
         self._model = weakref.ref(model)
         self._start = time.perf_counter()
@@ -57,6 +64,13 @@ class ModelHandle:
         self._start = time.perf_counter()
         for block in self.blocks:
             block.engine.counters.reset()
+
+    def run_as(self, options: MoEOptions) -> None:
+        """Run the same weights as ``options`` say from now on; counters start anew."""
+        self.options, self._implied_by = options, None
+        for block in self.blocks:
+            block.run_as(options)
+        self.reset()
 
     def write_at_exit(self) -> None:
         """Write the report where the options ask for it when the process ends: a command line is one process."""

@@ -18,6 +18,8 @@ import torch
 from fairseq import checkpoint_utils, trainer
 from fairseq.file_io import PathManager
 
+from fairseq_moe_opt.checkpoints.fairseq import is_expert
+
 _SHARED = "-shared.pt"
 _PARTS = (_SHARED, "-rank-0.pt")
 
@@ -40,11 +42,6 @@ def _wrap_save(stock: Callable[..., Any]) -> Callable[..., Any]:
         return None
 
     return save
-
-
-def is_expert(name: str) -> bool:
-    """The branches' rule on which tensors go into rank files; the gates (``gate.wg``) do not."""
-    return "expert" in name and "expert_centroids" not in name
 
 
 def write_split(state: Mapping[str, Any], path: Path) -> None:

@@ -7,6 +7,7 @@ fairseq's own under those names. A configuration without sparse layers is handed
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from collections.abc import MutableMapping
 from typing import Any, cast
 
 from fairseq.dataclass.utils import gen_parser_from_dataclass
@@ -15,8 +16,10 @@ from fairseq.models.transformer.transformer_legacy import TransformerModel
 from fairseq.models.transformer_lm import TransformerLanguageModel
 from torch import Tensor, nn
 
+from fairseq_moe_opt.checkpoints.lazy import LazyStateDict
 from fairseq_moe_opt.errors import OptionError
 from fairseq_moe_opt.models._arguments import IMPLIED_BY, MoEArguments
+from fairseq_moe_opt.models._placing import read_in_place
 from fairseq_moe_opt.models._plan import SparsePlan
 from fairseq_moe_opt.models._report import attach
 
@@ -67,15 +70,30 @@ class SparseDecoder(TransformerDecoderBase):
         return layer
 
 
-class _ChecksDictionary:
-    """Refuses a state dict made with another dictionary; comes before fairseq's class among the bases."""
+class _LoadsInPlace:
+    """Loading of both kinds of model; comes before fairseq's class among the bases."""
 
-    def upgrade_state_dict(self, state_dict: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state_dict: Any, strict: bool = True, model_cfg: Any = None, args: Any = None) -> Any:
+        """fairseq's own; but tensors that are still in their files are read straight into the model's memory.
+
+        So a checkpoint is never held twice. ``model.moe.checkpoint`` remembers where its tensors lie.
+        """
+        if not isinstance(state_dict, LazyStateDict) or _keeps_some_layers(model_cfg):
+            return super().load_state_dict(state_dict, strict, model_cfg, args)  # type: ignore[misc]
+        self.upgrade_state_dict(state_dict)
+        result = read_in_place(cast(nn.Module, self), state_dict, strict)
+        handle = self.__dict__.get("moe")
+        if handle is not None:  # a copied model has none
+            handle.checkpoint = state_dict.index
+        return result
+
+    def upgrade_state_dict(self, state_dict: MutableMapping[str, Tensor]) -> None:
         """fairseq's upgrade of old names; OptionError when the embeddings are of another number of symbols."""
         super().upgrade_state_dict(state_dict)  # type: ignore[misc]
         for name, parameter in cast(nn.Module, self).named_parameters():
             if name.endswith("embed_tokens.weight") and name in state_dict:
-                have, want = len(state_dict[name]), len(parameter)
+                stored = state_dict.shape_of(name) if isinstance(state_dict, LazyStateDict) else state_dict[name].shape
+                have, want = stored[0], len(parameter)
                 if have != want:
                     raise OptionError(
                         "data",
@@ -84,7 +102,7 @@ class _ChecksDictionary:
                     )
 
 
-class MoETransformerModel(_ChecksDictionary, TransformerModel):
+class MoETransformerModel(_LoadsInPlace, TransformerModel):
     """``transformer`` and every architecture of it."""
 
     @classmethod
@@ -113,7 +131,7 @@ class MoETransformerModel(_ChecksDictionary, TransformerModel):
         return SparseDecoder(_plan_of(args), cfg, tgt_dict, embed_tokens, no_encoder_attn=cfg.no_cross_attention)
 
 
-class MoELanguageModel(_ChecksDictionary, TransformerLanguageModel):
+class MoELanguageModel(_LoadsInPlace, TransformerLanguageModel):
     """``transformer_lm`` and every architecture of it."""
 
     @classmethod
@@ -145,3 +163,8 @@ def _plan_of(args: Any) -> SparsePlan:
     if plan is None:
         raise OptionError("moe_freq", "is 0: a dense model is fairseq's own, not this class")
     return plan
+
+
+def _keeps_some_layers(model_cfg: Any) -> bool:
+    """Whether fairseq is to prune layers while loading, which gives them other numbers."""
+    return any(getattr(model_cfg, f"{side}_layers_to_keep", None) for side in ("encoder", "decoder"))

@@ -8,6 +8,7 @@ policy draws (``sampling`` and ``random`` draw at evaluation too, as in fairseq)
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -76,24 +77,40 @@ def load_balancing_loss(probabilities: Tensor, first_choice: Tensor) -> Tensor:
     return (probabilities.mean(dim=0) * share).mean() * num_experts * num_experts
 
 
-def _capacity(rule: CapacityRule | None, num_tokens: int, num_experts: int, top_k: int, training: bool) -> int | None:
-    return None if rule is None else rule.capacity(num_tokens, num_experts, top_k, training=training)
+@dataclass(frozen=True)
+class _Served:
+    """What is left of (T, K) choices under a capacity; the fields are those of :class:`Routing`."""
+
+    index: Tensor
+    capacity: int | None
+    slot: Tensor | None
+    dropped: Tensor | None
 
 
-def _can_bind(capacity: int | None, num_tokens: int) -> bool:
-    """A token's experts differ, so none is asked for more than T rows: a capacity of T or more drops nothing."""
-    return capacity is not None and capacity < num_tokens
+def _serve(
+    rule: CapacityRule | None,
+    index: Tensor,
+    num_experts: int,
+    *,
+    training: bool,
+    with_slots: bool,
+    row_order: Callable[[], Tensor | None] = lambda: None,
+) -> _Served:
+    """Give every choice a slot in its expert's buffer, and send those beyond the capacity to expert E.
 
-
-def _drop(index: Tensor, slots: Tensor | None, capacity: int | None, num_experts: int) -> tuple[Tensor, Tensor | None]:
-    """Choices whose slot is beyond ``capacity`` become expert E; also how many there were (0-dim).
-
-    Without slots, or without a capacity, nothing is dropped.
+    Slots are computed only where they are wanted or can matter: a token's experts differ, so none is asked for more
+    than T rows, and a capacity of T or more drops nothing.
     """
-    if slots is None or capacity is None:
-        return index, None
+    num_tokens, top_k = index.shape
+    capacity = None if rule is None else rule.capacity(num_tokens, num_experts, top_k, training=training)
+    can_bind = capacity is not None and capacity < num_tokens
+    if not (with_slots or can_bind):
+        return _Served(index, capacity, None, None)
+    slots = first_come_slots(index, num_experts, row_order())
+    if capacity is None:
+        return _Served(index, None, slots, None)
     over = (slots >= capacity) & (index != num_experts)
-    return index.masked_fill(over, num_experts), over.sum()
+    return _Served(index.masked_fill(over, num_experts), capacity, slots, over.sum())
 
 
 def _normalised(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,12 +179,17 @@ class GShardTop2Router:
         if self.normalize_before_dropping:
             first, second = _normalised(first, second)
         index = self._mask(index, second, padding)
-        capacity = _capacity(self.capacity, logits.shape[0], self.num_experts, self.top_k, training)
-        slots = self._slots(index, probabilities) if with_slots or _can_bind(capacity, logits.shape[0]) else None
         aux_loss = load_balancing_loss(probabilities, index[:, 0]) if with_aux_loss else None
-        index, dropped = _drop(index, slots, capacity, self.num_experts)
-        weight = self._weights(index, first, second).to(model_dtype)
-        return Routing(index, weight, self.num_experts, capacity, slots, dropped, aux_loss)
+        served = _serve(
+            self.capacity,
+            index,
+            self.num_experts,
+            training=training,
+            with_slots=with_slots,
+            row_order=lambda: self._row_order(probabilities),
+        )
+        weight = self._weights(served.index, first, second).to(model_dtype)
+        return Routing(served.index, weight, self.num_experts, served.capacity, served.slot, served.dropped, aux_loss)
 
     def _choose(self, logits: Tensor, probabilities: Tensor) -> Tensor:
         """(T, 2): the argmax of the probabilities, and the argmax of the (noisy) logits without it."""
@@ -185,9 +207,9 @@ class GShardTop2Router:
             index = torch.stack((index[:, 0], index[:, 1].masked_fill(dropped, self.num_experts)), dim=1)
         return index if padding is None else index.masked_fill(padding.unsqueeze(1), self.num_experts)
 
-    def _slots(self, index: Tensor, probabilities: Tensor) -> Tensor:
-        order = torch.argsort(-probabilities.amax(dim=1), dim=0) if self.batch_prioritized else None
-        return first_come_slots(index, self.num_experts, order)
+    def _row_order(self, probabilities: Tensor) -> Tensor | None:
+        """(T,) rows by descending highest probability under batch-prioritized routing, else None: their own order."""
+        return torch.argsort(-probabilities.amax(dim=1), dim=0) if self.batch_prioritized else None
 
     def _weights(self, index: Tensor, first: Tensor, second: Tensor) -> Tensor:
         kept = index != self.num_experts
@@ -234,14 +256,10 @@ class Top1Router:
         weight, index = probabilities.max(dim=-1, keepdim=True)
         if padding is not None:
             index = index.masked_fill(padding.unsqueeze(1), self.num_experts)
-        capacity = _capacity(self.capacity, logits.shape[0], self.num_experts, self.top_k, training)
-        slots = (
-            first_come_slots(index, self.num_experts) if with_slots or _can_bind(capacity, logits.shape[0]) else None
-        )
         aux_loss = load_balancing_loss(probabilities, index[:, 0]) if with_aux_loss else None
-        index, dropped = _drop(index, slots, capacity, self.num_experts)
-        weight = (weight * (index != self.num_experts)).to(model_dtype or logits.dtype)
-        return Routing(index, weight, self.num_experts, capacity, slots, dropped, aux_loss)
+        served = _serve(self.capacity, index, self.num_experts, training=training, with_slots=with_slots)
+        weight = (weight * (served.index != self.num_experts)).to(model_dtype or logits.dtype)
+        return Routing(served.index, weight, self.num_experts, served.capacity, served.slot, served.dropped, aux_loss)
 
 
 @dataclass(frozen=True)

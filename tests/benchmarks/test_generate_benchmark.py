@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
@@ -18,7 +17,8 @@ import transformers
 from packaging.version import Version
 from typer.testing import CliRunner
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers.benchmark_modules import ROOT, benchmark_modules
+
 REFERENCE = ROOT / ".reference" / "transformers-4.57.1"
 LAST_SEEN_WRONG = Version("5.23.0")
 """The newest Transformers 5 in which NLLB-MoE was seen to be computed wrongly."""
@@ -36,12 +36,8 @@ class Modules:
 
 @pytest.fixture(scope="module")
 def modules() -> Iterator[Modules]:
-    folder = str(ROOT / "benchmarks")
-    sys.path.insert(0, folder)
-    try:
-        yield Modules(*(importlib.import_module(name) for name in ("generate", "_results", "_rounds", "_sides")))
-    finally:
-        sys.path.remove(folder)
+    with benchmark_modules("generate", "_results", "_rounds", "_sides") as found:
+        yield Modules(*found)
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,10 @@ def test_refusals(tmp_path: Path, floats: Path) -> None:
     for wanted in ("bf16", "int8"):
         with pytest.raises(CheckpointError, match="int8: its experts are int8 already"):
             convert(tmp_path / "int8", tmp_path / "out", expert_dtype=wanted)
+    with pytest.raises(CheckpointError, match="int8: its experts are int8, which fairseq cannot hold"):
+        convert(tmp_path / "int8", tmp_path / "out.pt", to="fairseq")
+    with pytest.raises(OptionError, match=r"'expert_dtype': only a Transformers folder .* to='hf'"):
+        convert(floats, tmp_path / "out.pt", to="fairseq", expert_dtype="int8")
     dense = tmp_path / "dense"
     dense.mkdir()
     torch.save({"model.decoder.layers.0.fc1.weight": torch.ones(2, 2)}, dense / "pytorch_model.bin")
@@ -125,6 +129,7 @@ def test_refusals(tmp_path: Path, floats: Path) -> None:
     with pytest.raises(OptionError, match="infinite or not a number"):
         convert(save_fairseq(tmp_path / "nan.pt", broken), tmp_path / "out", expert_dtype="int8")
     assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.pt").exists()
 
 
 def test_missing_and_misshapen_scales_are_named(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from fairseq_moe_opt.checkpoints.charsmap import decode_charsmap
 from fairseq_moe_opt.checkpoints.sentencepiece_model import read_model
+from fairseq_moe_opt.checkpoints.spm_from_tokenizer import made_model
 from fairseq_moe_opt.checkpoints.symbols import build_symbols, read_dictionary
 from fairseq_moe_opt.checkpoints.tokenizer import find_text_files, write_tokenizer
 from fairseq_moe_opt.errors import CheckpointError, InputError
@@ -37,6 +38,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_odd_strings(folder: Path, text: str) -> None:
     ids = load(folder).encode(text, add_special_tokens=False).ids
     assert ids == sentencepiece_ids([text])[0]
+
+
+def test_the_model_is_made_again_from_the_files(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "spm.model").write_bytes(made_model(folder) or b"")
+    lines = [*ODD, *demo_lines()]
+    assert sentencepiece_ids(lines, tmp_path / "spm.model") == sentencepiece_ids(lines)
 
 
 def test_real_sentences(folder: Path) -> None:
@@ -180,6 +187,9 @@ def test_other_unigram_models(tmp_path: Path, options: dict[str, Any]) -> None:
     texts = [text for text in texts if "\ufdd0" not in text and "\ufdd1" not in text]
     made = load(tmp_path).encode_batch(texts, add_special_tokens=False)
     expected = sentencepiece_ids(texts, model, words)
+    again = tmp_path / "again.model"
+    again.write_bytes(made_model(tmp_path) or b"")
+    assert sentencepiece_ids(texts, again, words) == expected
     assert {ascii(t): e.ids for t, e in zip(texts, made, strict=True)} == {
         ascii(t): ids for t, ids in zip(texts, expected, strict=True)
     }
@@ -193,6 +203,8 @@ def test_bpe_model_loads_in_stock_nllb_tokenizer(tmp_path: Path) -> None:
     made = tmp_path / "made"
     made.mkdir()
     assert write_tokenizer(made, model, words, cfg={}, rows=rows, max_length=64) == "bpe"
+    assert made_model(made) is None  # a BPE model cannot be made again; it is kept
+    assert (made / "sentencepiece.bpe.model").read_bytes() == model.read_bytes()
     tokenizer = transformers.AutoTokenizer.from_pretrained(made, src_lang="eng_Latn", tgt_lang="deu_Latn")
     assert type(tokenizer) is transformers.NllbTokenizer
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model))

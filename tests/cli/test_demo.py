@@ -1,4 +1,4 @@
-"""The demo: runs to its end on few sentences, and fails when static and dynamic gating disagree."""
+"""The demo: runs to its end on few sentences, and fails when static and dynamic gating disagree in either half."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ import json
 import subprocess
 import sys
 from argparse import Namespace
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -18,14 +21,17 @@ SCRIPT = ROOT / "examples" / "demo" / "run.py"
 
 
 @pytest.fixture(scope="module")
-def demo() -> ModuleType:
+def demo() -> Iterator[ModuleType]:
+    # As for a script, whose own folder comes first.
+    sys.path.insert(0, str(SCRIPT.parent))
     spec = importlib.util.spec_from_file_location("demo_run", SCRIPT)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    return module
+    yield module
+    sys.path.remove(str(SCRIPT.parent))
 
 
 @pytest.mark.slow
@@ -41,6 +47,12 @@ def test_the_demo_runs(tmp_path: Path) -> None:
     assert len((tmp_path / "demo-output" / "spa_Latn.txt").read_text(encoding="utf-8").splitlines()) == 4
     report = json.loads((tmp_path / "demo-output" / "report.json").read_text(encoding="utf-8"))
     assert report["family"] == "nllb-moe"
+    if find_spec("fairseq") is None:
+        assert "fairseq is not installed" in done.stdout
+        return
+    half = done.stdout[done.stdout.index("fairseq-generate, beam 1, 4 sentences to fra_Latn") :]
+    assert "static and dynamic gating in fairseq: the same hypotheses" in half
+    assert "fairseq and Transformers, both greedy: the same hypotheses" in half
 
 
 def test_disagreement_fails(demo: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,3 +75,70 @@ def test_every_pair_is_read(demo: ModuleType) -> None:
     pairs = demo.read_pairs(demo.HERE / "demo.tsv.gz", 1000)
     assert {target: len(found) for target, found in pairs.items()} == dict.fromkeys(demo.TARGETS, 300)
     assert {pair.origin for found in pairs.values() for pair in found} == {"chromium", "django", "udhr"}
+
+
+def fairseq_task(demo: ModuleType) -> Any:
+    return demo.fairseq_half.Task(
+        model=demo.HERE / "model",
+        pairs=[("Open the file.", "Ouvrir le fichier."), ("Close all windows", "Fermer toutes les fenêtres")],
+        source="eng_Latn",
+        target="fra_Latn",
+        languages=(demo.SOURCE, *demo.TARGETS),
+        batch_size=2,
+        threads=1,
+    )
+
+
+def test_disagreement_in_fairseq_fails(demo: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    half, task = demo.fairseq_half, fairseq_task(demo)
+    tokenizer = demo.load_tokenizer(task.model)
+    right = half.greedy_with_transformers(task, tokenizer)
+
+    def generate(data: Path, checkpoint: Path, gating: str, task: Any, tokenizer: Any) -> Any:
+        static = gating == "static"
+        return half.Generated([*right[:1], "\u2581other"] if static else right, 1.0 if static else 2.5)
+
+    monkeypatch.setattr(half, "binarise", lambda folder, *_: folder)
+    monkeypatch.setattr(half, "generate", generate)
+    console = Console(record=True, width=100)
+    assert not half.compare(console, task, tokenizer)
+    text = console.export_text()
+    assert "static and dynamic gating in fairseq DISAGREE in sentences [1]" in text
+    assert "fairseq and Transformers, both greedy: the same hypotheses" in text
+    assert "2.50 times as fast" in text
+
+
+@pytest.mark.slow
+def test_a_failing_fairseq_is_reported(demo: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("fairseq", reason="fairseq is not installed")
+    half = demo.fairseq_half
+    monkeypatch.setattr(half, "binarise", lambda *_: half.run_fairseq("preprocess", "--workers", "many"))
+    arguments = Namespace(model=demo.HERE / "model", batch_size=2, threads=1)
+    pairs = {target: [demo.Pair("Open the file.", "Ouvrir", "x")] for target in demo.TARGETS}
+    console = Console(record=True, width=200)
+    assert not demo.run_fairseq_half(console, arguments, tokenizer=None, pairs=pairs)
+    text = console.export_text()
+    assert "fairseq-preprocess failed" in text
+    assert "--workers: invalid int value: 'many'" in text
+
+
+def test_without_fairseq_its_half_is_left_out(demo: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo.fairseq_half, "is_installed", lambda: False)
+    console = Console(record=True, width=200)
+    assert demo.run_fairseq_half(console, Namespace(), None, {})
+    assert "`make demo` installs it" in console.export_text()
+
+
+def test_fairseq_is_given_the_pieces(demo: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    half, task = demo.fairseq_half, fairseq_task(demo)
+    tokenizer = demo.load_tokenizer(task.model)
+    commands: list[tuple[str, ...]] = []
+    monkeypatch.setattr(half, "run_fairseq", lambda *command: commands.append(command))
+    assert half.binarise(tmp_path, tmp_path / "dict.txt", task, tokenizer) == tmp_path / "data"
+    lines = (tmp_path / "test.eng_Latn").read_text("utf-8").splitlines()
+    assert lines == [" ".join(tokenizer.tokenize(english)) for english, _ in task.pairs]
+    assert lines[0].replace(" ", "").replace("\u2581", " ").strip() == "Open the file."
+    assert len((tmp_path / "test.fra_Latn").read_text("utf-8").splitlines()) == 2
+    ((name, *arguments),) = commands
+    assert name == "preprocess"
+    assert arguments[arguments.index("--testpref") + 1] == str(tmp_path / "test")

@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 
 import fairseq_moe_opt
 from fairseq_moe_opt.errors import OptionError
+from fairseq_moe_opt.options import MoEOptions
 from tests.helpers.compare import relative_difference
 
 fairseq_moe_opt.register_fairseq()
@@ -264,3 +265,16 @@ def test_the_published_sizes() -> None:
         ARCH_CONFIG_REGISTRY[f"transformer_lm_moe_{name}"](args)
         assert expert_parameters(args.decoder_layers, args, "decoder") == pytest.approx(billions, rel=0.01)
         assert args.activation_fn == "gelu"
+
+
+def test_a_model_runs_as_other_options_say_from_then_on() -> None:
+    model = build(sparse())
+    dynamic = run(model)
+    model.moe.run_as(MoEOptions(gating="static"))
+    static = run(model)
+    report = model.moe.report()
+    assert report.options["gating"] == "static"
+    assert [(layer.calls, layer.kernels) for layer in report.layers] == [(1, ("static",))] * 2
+    assert relative_difference(static, dynamic) < 1e-5
+    model.moe.run_as(MoEOptions())
+    assert torch.equal(run(model), dynamic)

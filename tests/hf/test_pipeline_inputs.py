@@ -27,26 +27,6 @@ from tests.helpers.translation_models import (
 )
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An NLLB-MoE with its tokenizer, as a checkpoint folder."""
-    path = tmp_path_factory.mktemp("nllb_moe")
-    nllb_moe().save_pretrained(path)
-    nllb_tokenizer().save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def stock(folder: Path) -> TranslationPipeline:
-    """What a user of Transformers calls, with nothing of this project in it."""
-    return transformers.pipeline("translation", model=str(folder), **LANGUAGES)
-
-
-@pytest.fixture(scope="module")
-def greedy(stock: TranslationPipeline) -> list[str]:
-    return [record["translation_text"] for record in stock(TEXTS, num_beams=1)]
-
-
 class TestSettings:
     def test_defaults_are_those_of_transformers_4(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         pipe = transformers.pipeline("translation", model=str(folder), **LANGUAGES)

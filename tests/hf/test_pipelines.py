@@ -24,26 +24,6 @@ from tests.helpers.translation_models import (
 DEMO_MODEL = Path(__file__).parents[2] / "examples" / "demo" / "model"
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An NLLB-MoE with its tokenizer, as a checkpoint folder."""
-    path = tmp_path_factory.mktemp("nllb_moe")
-    nllb_moe().save_pretrained(path)
-    nllb_tokenizer().save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def stock(folder: Path) -> TranslationPipeline:
-    """What a user of Transformers calls, with nothing of this project in it."""
-    return transformers.pipeline("translation", model=str(folder), **LANGUAGES)
-
-
-@pytest.fixture(scope="module")
-def greedy(stock: TranslationPipeline) -> list[str]:
-    return [record["translation_text"] for record in stock(TEXTS, num_beams=1)]
-
-
 @pytest.fixture
 def registered() -> Iterator[None]:
     """Registered again after the test, as importing the package leaves it."""
