@@ -22,6 +22,10 @@ PACKAGES = [
     "hf_integration.families",
 ]
 
+# The top-level folder of presets, installed inside the engine's package: an installed project has no other place that
+# it finds without asking the packaging tools.
+PRESETS = "fairseq_moe_opt.configs"
+
 CORE = ["torch>=2.10", "numpy>=1.26", "safetensors>=0.5", "pyyaml>=6.0", "typer>=0.15.4", "rich>=13"]
 HF = ["transformers>=5.6,<6", "accelerate>=1.1", "sentencepiece>=0.2", "protobuf>=4"]
 # What fairseq-fixed==0.12.3.1 needs, less torch (here already) and torchaudio (whose registry build cannot
@@ -65,8 +69,9 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=PACKAGES,
-    package_data={"fairseq_moe_opt": ["py.typed"], "hf_integration": ["py.typed"]},
+    packages=[*PACKAGES, PRESETS],
+    package_dir={PRESETS: "configs"},
+    package_data={"fairseq_moe_opt": ["py.typed"], "hf_integration": ["py.typed"], PRESETS: ["presets/*.yaml"]},
     zip_safe=False,
     install_requires=CORE,
     extras_require={

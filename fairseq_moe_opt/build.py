@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fairseq_moe_opt.errors import OptionError
+from fairseq_moe_opt.moe.experts import NO_DROPOUT, ExpertDropout
 from fairseq_moe_opt.moe.kernels import choose_kernel
 from fairseq_moe_opt.moe.layer import LayerConfig, MoELayer
 from fairseq_moe_opt.moe.protocols import ExpertStore, RoutingObserver
@@ -33,6 +34,7 @@ class LayerSpec:
         activation: of the experts.
         expert_masking: EOM probability.
         final_masking: FOM probability.
+        dropout: inside each expert, in training.
     """
 
     name: str
@@ -41,6 +43,7 @@ class LayerSpec:
     activation: str = "relu"
     expert_masking: float = 0.0
     final_masking: float = 0.0
+    dropout: ExpertDropout = NO_DROPOUT
 
 
 def needs_packed_experts(options: MoEOptions, device: torch.device, dtype: torch.dtype) -> bool:
@@ -71,6 +74,7 @@ def build_layer(
         kernel=options.kernel,
         expert_masking=spec.expert_masking,
         final_masking=spec.final_masking,
+        dropout=spec.dropout,
     )
     counters = LayerCounters(spec.name, spec.phase, spec.router.num_experts, options.profile)
     return MoELayer(gate, _router(spec.router, options), store, config, counters, observers)

@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 
 from fairseq_moe_opt.errors import OptionError
 from fairseq_moe_opt.options import option_names
+from fairseq_moe_opt.presets import PRESET
 
 # Transformers 4.57's own defaults of its translation pipeline.
 DEFAULTS: Mapping[str, Any] = {"max_new_tokens": 256, "num_beams": 4}
@@ -34,7 +35,7 @@ def check_names(names: Mapping[str, Any], model_class: type) -> None:
     known -= {"self", "kwargs"}
     for name in names:
         if name not in known and not name.startswith("decoder_"):
-            moe = ", ".join(option_names())
+            moe = ", ".join((PRESET, *option_names()))
             raise OptionError(name, f"is no generation setting of {model_class.__name__}, nor one of {moe}")
 
 

@@ -26,6 +26,7 @@ from fairseq_moe_opt.checkpoints.expert_dtypes import NOTE, is_scale
 from fairseq_moe_opt.errors import CheckpointError, NoMoELayerError, OptionError
 from fairseq_moe_opt.moe.int8_linear import Int8Linear
 from fairseq_moe_opt.options import MoEOptions
+from fairseq_moe_opt.presets import with_preset
 from hf_integration.expert_dtypes import prepare_experts, read_int8, resolve_expert_dtype
 from hf_integration.families import nllb_moe
 from hf_integration.optimize import optimize
@@ -52,11 +53,12 @@ def from_pretrained(
         dtype: of the weights in memory, a torch dtype or its name; None keeps what ``config.json`` says, else float32.
             Experts may have another one: see the option ``expert_dtype``.
         device: where the model goes; None is the CPU.
-        options: fields of :class:`~fairseq_moe_opt.options.MoEOptions`.
+        options: fields of :class:`~fairseq_moe_opt.options.MoEOptions`, and ``preset``, as for ``optimize``.
 
     Raises CheckpointError for a missing, truncated or foreign checkpoint, NoMoELayerError for another kind of model,
     OptionError for a wrong option; options are checked before the first weight is read.
     """
+    options = with_preset(options)
     wanted = MoEOptions.from_kwargs(**options)
     folder = local_folder(path_or_id)
     config = read_config(folder)

@@ -13,6 +13,7 @@ from transformers import GenerationMixin
 from fairseq_moe_opt.errors import OptionError
 from fairseq_moe_opt.moe.report import Report, peak_memory, tokens_by_phase, write_report
 from fairseq_moe_opt.options import MoEOptions
+from fairseq_moe_opt.presets import with_preset
 from hf_integration.expert_dtypes import require_scales
 from hf_integration.families import family_of
 from hf_integration.patching import Installed
@@ -91,14 +92,15 @@ class _Generate:
 def optimize(model: nn.Module, **options: Any) -> Handle:
     """Run the Mixture-of-Experts layers of a loaded ``model`` through the engine, in place.
 
-    ``options`` are the fields of :class:`~fairseq_moe_opt.options.MoEOptions`. The handle is also ``model.moe``. State
+    ``options`` are the fields of :class:`~fairseq_moe_opt.options.MoEOptions`, and ``preset``, the name or file of a
+    preset whose values count where no other option says more. The handle is also ``model.moe``. State
     dict, parameter objects and module names stay; ``handle.undo()`` takes everything back.
 
     Raises NoMoELayerError when no known layer is found, OptionError for a wrong option or a model that already is
     optimised, KernelError when the kernel asked for cannot run on the model's device and dtype, CheckpointError for
     int8 experts that were not loaded by :func:`~hf_integration.from_pretrained`.
     """
-    wanted = MoEOptions.from_kwargs(**options)
+    wanted = MoEOptions.from_kwargs(**with_preset(options))
     if isinstance(getattr(model, "moe", None), Handle):
         raise OptionError("model", "this model is already optimised; call model.moe.undo() first to change options")
     family = family_of(model)

@@ -22,6 +22,7 @@ from transformers.pipelines.base import Pipeline
 
 from fairseq_moe_opt.errors import CheckpointError, InputError, NoMoELayerError, OptionError
 from fairseq_moe_opt.options import MoEOptions, option_names
+from fairseq_moe_opt.presets import PRESET, with_preset
 from hf_integration.decoding import check_names, decoding_config
 from hf_integration.families import FAMILIES
 from hf_integration.loading import MODEL_CLASSES, from_pretrained, local_folder, read_config
@@ -254,7 +255,7 @@ class TranslationPipeline(Pipeline):
 def pipeline(task: str = "translation", model: Any = None, **arguments: Any) -> TranslationPipeline:
     """A translation pipeline for ``model``: a folder, a hub id, or a loaded model.
 
-    ``arguments`` are fields of :class:`~fairseq_moe_opt.options.MoEOptions` and what
+    ``arguments`` are fields of :class:`~fairseq_moe_opt.options.MoEOptions`, ``preset`` (as for ``optimize``) and what
     ``transformers.pipeline`` and :class:`TranslationPipeline` take. An NLLB-MoE is loaded by
     :func:`~hf_integration.loading.from_pretrained`, which holds no weight twice; other models, and calls
     with arguments such as ``revision`` or ``device_map``, are loaded by Transformers. A model that came
@@ -291,9 +292,9 @@ def unregister() -> None:
 
 
 def split_options(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The fields of MoEOptions among ``arguments``, and the rest."""
-    names = option_names()
-    options = {name: value for name, value in arguments.items() if name in names}
+    """The fields of MoEOptions among ``arguments``, those of a preset among them, and the rest."""
+    names = (PRESET, *option_names())
+    options = with_preset({name: value for name, value in arguments.items() if name in names})
     return options, {name: value for name, value in arguments.items() if name not in names}
 
 

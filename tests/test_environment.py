@@ -70,7 +70,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if any(importlib.util.find_spec(tool) is None for tool in ("pip", "setuptools", "wheel")):
         pytest.skip("building the project needs pip, setuptools and wheel")
     tree, target = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("installed")
-    for name in PACKAGE_ROOTS:
+    for name in (*PACKAGE_ROOTS, "configs"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.py", "pyproject.toml", "LICENSE"):
         shutil.copy(ROOT / name, tree / name)
@@ -84,6 +84,15 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_installed_project_has_every_file(installed: Path) -> None:
     assert source_files(installed) == source_files(ROOT)
     assert all((installed / name / "py.typed").exists() for name in PACKAGE_ROOTS)
+
+
+def test_the_installed_project_finds_its_presets(installed: Path, tmp_path: Path) -> None:
+    script = "from fairseq_moe_opt import presets; print(presets.presets_folder(), *presets.preset_names())"
+    done = run_python(script, path=[installed], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder, *names = done.stdout.split()
+    assert Path(folder).is_relative_to(installed)
+    assert sorted(names) == sorted(path.stem for path in (ROOT / "configs" / "presets").glob("*.yaml")) != []
 
 
 def test_the_installed_project_runs_from_another_folder(installed: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from rich.table import Table
 import fairseq_moe_opt
 from fairseq_moe_opt.cli.flags import Dtype, ExpertDtype, with_moe_flags
 from fairseq_moe_opt.errors import MoEError
+from fairseq_moe_opt.options import MoEOptions
 
 NAME = "moe-opt"
 FAILURE, BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
@@ -274,7 +275,14 @@ def verify(
     from fairseq_moe_opt.cli.verifying import Verification, run_verification
 
     request = Verification(
-        path, text, (src_lang, tgt_lang), batch_size, dtype.value, device, str(moe_options["capacity"]), stock
+        path,
+        text,
+        (src_lang, tgt_lang),
+        batch_size,
+        dtype.value,
+        device,
+        str(MoEOptions.from_kwargs(**moe_options).capacity),
+        stock,
     )
     found = run_verification(request)
     console = output_console()

@@ -12,11 +12,12 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from fairseq_moe_opt.options import MoEOptions, field_choices, field_help
+from fairseq_moe_opt.presets import PRESET, PRESET_HELP, with_preset
 
 PREFIX = "moe_"
 PANEL = "Mixture-of-Experts runtime"
 PARAMETER = "moe_options"
-_METAVARS: Mapping[str, str] = {"report": "FILE"}
+_METAVARS: Mapping[str, str] = {"report": "FILE", PRESET: "NAME|FILE"}
 
 
 class Dtype(str, enum.Enum):
@@ -35,16 +36,18 @@ class ExpertDtype(str, enum.Enum):
 
 
 def with_moe_flags(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command a flag for each of the options ``names`` (none: all of them).
+    """Give a command a flag for each of the options ``names`` (none: all of them, and ``--moe-preset``).
 
-    The command takes their values as one mapping, its parameter ``moe_options``, fit for ``MoEOptions.from_kwargs``.
+    The command takes what the user gave as one mapping, its parameter ``moe_options``, fit for
+    ``MoEOptions.from_kwargs``; a preset's values are in it where no flag says more.
     """
-    wanted = names or tuple(field.name for field in fields(MoEOptions))
+    wanted = names or (PRESET, *(field.name for field in fields(MoEOptions)))
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(command)
         def run(**values: Any) -> None:
-            options = {name: _plain(values.pop(PREFIX + name)) for name in wanted}
+            given = {name: _plain(values.pop(PREFIX + name)) for name in wanted}
+            options = with_preset({name: value for name, value in given.items() if value is not None})
             command(**values, **{PARAMETER: options})
 
         own = inspect.signature(command, eval_str=True).parameters.values()
@@ -63,16 +66,21 @@ def flag_name(option: str) -> str:
 
 
 def _flag(name: str) -> inspect.Parameter:
-    default = next(field.default for field in fields(MoEOptions) if field.name == name)
-    kind: Any = get_type_hints(MoEOptions)[name]
+    """None where the user says nothing, so that a preset can; the help shows the option's default all the same."""
+    defaults = {field.name: field.default for field in fields(MoEOptions)}
+    kind: Any = get_type_hints(MoEOptions).get(name, str)
     choices = field_choices().get(name)
     if choices is not None:
         kind = enum.Enum(name, {choice: choice for choice in choices}, type=str)  # type: ignore[misc, no-redef]
-        default = kind(default)
-    flag = typer.Option(flag_name(name), help=field_help()[name], metavar=_METAVARS.get(name), rich_help_panel=PANEL)
-    return inspect.Parameter(
-        PREFIX + name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, flag]
+    flag = typer.Option(
+        flag_name(name),
+        help={**field_help(), PRESET: PRESET_HELP}[name],
+        metavar=_METAVARS.get(name),
+        show_default=str(defaults[name]) if defaults.get(name) else False,
+        rich_help_panel=PANEL,
     )
+    annotation = Annotated[kind | None, flag]
+    return inspect.Parameter(PREFIX + name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
 def _plain(value: object) -> object:

@@ -11,15 +11,22 @@ from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any, Optional
 
 from fairseq.dataclass import FairseqDataclass
+from omegaconf.errors import InterpolationKeyError
 
 from fairseq_moe_opt.errors import OptionError
 from fairseq_moe_opt.options import MoEOptions, field_choices, field_help
+from fairseq_moe_opt.presets import PRESET, read_preset
 
 CAPACITY_ARGUMENTS = ("moe_eval_capacity_token_fraction", "moe_eval_capacity_max_seqlen")
 """Arguments that mean something only where capacity drops tokens: giving one asks for the checkpoint's capacity."""
 
 IMPLIED_BY = "moe_capacity_implied_by"
 """Where a model's configuration notes which argument implied ``moe_capacity="checkpoint"``."""
+
+BATCH_SIZES = ("batch_size", "batch_size_valid")
+"""Arguments of the data that reach the layers, which pad a smaller batch to them in training and validation."""
+
+PRESET_ARGUMENT = f"moe_{PRESET}"
 
 
 @dataclass
@@ -111,6 +118,24 @@ def read_arguments(cfg: Any) -> MoEArguments:
     return MoEArguments(**values)
 
 
+def read_batch_sizes(cfg: Any) -> tuple[int, int]:
+    """Sentences that a batch is filled up to in training and in validation; 0 for not at all."""
+    return _batch_size(cfg, BATCH_SIZES[0]), _batch_size(cfg, BATCH_SIZES[1])
+
+
+def _batch_size(cfg: Any, name: str) -> int:
+    try:
+        value = getattr(cfg, name, None) or 0
+    except InterpolationKeyError:
+        # A model's configuration by itself, without the section of the data that this one refers to.
+        return 0
+    try:
+        # fairseq parses --batch-size-valid as text, because its default is a reference.
+        return int(value)
+    except ValueError:
+        raise OptionError(name, f"{value!r} is not a number of sentences") from None
+
+
 def read_options(cfg: Any) -> MoEOptions:
     """The runtime's options in a configuration object; OptionError names a wrong one."""
     given = {option: getattr(cfg, argument, None) for argument, option in RUNTIME_ARGUMENTS.items()}
@@ -124,6 +149,20 @@ def options_from(values: Mapping[str, Any]) -> MoEOptions:
     except OptionError as error:
         message = str(error).split(": ", 1)[1]
         raise OptionError(f"moe_{error.option}", message) from None
+
+
+def expand_preset(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """``arguments`` without their ``moe_preset``, whose options stand in where they say nothing."""
+    given = dict(arguments)
+    name = given.pop(PRESET_ARGUMENT, None)
+    if name is None:
+        return given
+    try:
+        preset = read_preset(name)
+    except OptionError as error:
+        raise OptionError(PRESET_ARGUMENT, str(error).split(": ", 1)[1]) from None
+    said = {argument: value for argument, value in given.items() if value is not None}
+    return {**given, **{f"moe_{option}": value for option, value in preset.items()}, **said}
 
 
 def argument_choices(argument: str) -> tuple[str, ...] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +27,16 @@ class BlockSpec:
         width: D.
         ffn_width: F.
         capacity_length: where the capacity's fraction is of ``capacity_length`` times the batch instead of all rows.
+        train_batch: sentences that a smaller batch is padded to in training, 0 for none.
+        valid_batch: the same in validation; generation never pads.
     """
 
     layer: LayerSpec
     width: int
     ffn_width: int
     capacity_length: int | None = None
+    train_batch: int = 0
+    valid_batch: int = 0
 
 
 class Gate(nn.Module):
@@ -72,6 +76,7 @@ class MoEBlock(nn.Module):
         self._observers: tuple[RoutingObserver, ...] = ()
         self._engine: MoELayer | None = None
         self._store: ModuleExperts | None = None
+        self._in_generation = False
 
     @property
     def engine(self) -> MoELayer:
@@ -99,15 +104,33 @@ class MoEBlock(nn.Module):
         self._engine = None
 
     def forward(self, hidden: Tensor, padding: Tensor | None = None) -> Tensor:
-        """(T, B, D) through the experts; rows with True in ``padding`` (B, T) go nowhere and give 0."""
+        """(T, B, D) through the experts; rows with True in ``padding`` (B, T) go nowhere and give 0.
+
+        In training and validation a batch of fewer sentences than fairseq's ``--batch-size`` asks for is filled up with
+        padding, as in the branches: those rows count in the capacity and in the means of ``l_aux``.
+        """
         length, batch, width = hidden.shape
-        tokens = hidden.transpose(0, 1).reshape(batch * length, width)
-        rows = None if padding is None else padding[:, -length:].reshape(batch * length)
+        tokens = hidden.transpose(0, 1)
+        mask = None if padding is None else padding[:, -length:]
+        sentences = max(batch, self._expected_batch)
+        if sentences > batch:
+            tokens, mask = _fill_batch(tokens, mask, sentences - batch)
         engine = self.engine
-        self._fit_capacity(engine, batch)
-        result = engine(tokens, rows, training=self.training, with_aux_loss=wants_gate_losses())
+        self._fit_capacity(engine, sentences)
+        rows = None if mask is None else mask.reshape(-1)
+        result = engine(tokens.reshape(-1, width), rows, training=self.training, with_aux_loss=wants_gate_losses())
         note_gate_loss(result.routing.aux_loss)
-        return result.output.view(batch, length, width).transpose(0, 1)
+        return result.output.view(sentences, length, width)[:batch].transpose(0, 1)
+
+    def make_generation_fast_(self, **_: Any) -> None:
+        """fairseq's ``prepare_for_inference_`` ends here: batches are never filled up from now on."""
+        self._in_generation = True
+
+    @property
+    def _expected_batch(self) -> int:
+        if self.training:
+            return self.spec.train_batch
+        return 0 if self._in_generation else self.spec.valid_batch
 
     def _fit_capacity(self, engine: MoELayer, batch: int) -> None:
         """Where the capacity depends on the batch's size, tell the router what it is."""
@@ -124,6 +147,14 @@ class MoEBlock(nn.Module):
         pairs = [(expert.fc1, expert.fc2) for expert in experts]
         self._store = PackedModuleExperts(pairs) if packed else ModuleExperts(pairs)
         return build_layer(self.spec.layer, self.options, self.gate, self._store, self._observers)
+
+
+def _fill_batch(tokens: Tensor, mask: Tensor | None, missing: int) -> tuple[Tensor, Tensor]:
+    """``missing`` sentences of zeros after (B, T, D) tokens, and a mask (B + missing, T) that is True there."""
+    if mask is None:
+        mask = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+    tokens = functional.pad(tokens, (0, 0, 0, 0, 0, missing))
+    return tokens, functional.pad(mask, (0, 0, 0, missing), value=True)
 
 
 def _with_capacity(router: GShardTop2Router | Top1Router, capacity: CapacityRule) -> GShardTop2Router | Top1Router:

@@ -21,13 +21,24 @@ from fairseq import options
 from fairseq_moe_opt.errors import MoEError, OptionError
 from fairseq_moe_opt.models._arguments import (
     CAPACITY_ARGUMENTS,
+    PRESET_ARGUMENT,
     RUNTIME_ARGUMENTS,
     argument_choices,
+    expand_preset,
     options_from,
 )
 from fairseq_moe_opt.options import field_help
+from fairseq_moe_opt.presets import PRESET_HELP
 
 _logger = logging.getLogger(__name__)
+
+_WITHOUT_EFFECT: Mapping[str, str] = {
+    "moe_local_drop": "it keeps tokens from leaving their process, and one process has all experts",
+    "moe_cmr_xgpu": "the gates' share is counted over this process's tokens, and there is no other process",
+    "moe_expert_ffn_dim": "experts are as wide as --encoder-ffn-embed-dim and --decoder-ffn-embed-dim say",
+    "enable_m2m_validation": "validation covers the language pairs given",
+}
+"""Training flags of the branches that are accepted and change nothing in one process, and why."""
 
 
 def patch_command_lines() -> None:
@@ -50,7 +61,7 @@ def _wrap(stock: Callable[..., Any]) -> Callable[..., Any]:
             if loads:
                 _settle(parsed)
             else:
-                _check(vars(parsed))
+                _settle_training(parsed)
         except OptionError as error:
             parser.error(str(error))
         return result
@@ -66,6 +77,7 @@ def _add_flags(parser: ArgumentParser, loads: bool) -> None:
         # fairseq-validate has no default and fails on None; the task itself comes from the checkpoint.
         parser.set_defaults(task="translation")
     group = parser.add_argument_group("Mixture-of-Experts runtime")
+    group.add_argument("--moe-preset", metavar="NAME|FILE", default=None, help=PRESET_HELP)
     for argument, option in RUNTIME_ARGUMENTS.items():
         flag, text = "--" + argument.replace("_", "-"), field_help()[option].replace("%", "%%")
         if option == "profile":
@@ -74,6 +86,7 @@ def _add_flags(parser: ArgumentParser, loads: bool) -> None:
             group.add_argument(flag, choices=argument_choices(argument), default=None, help=text)
     if loads:
         group.add_argument("--moe-eval-capacity-token-fraction", type=float, default=None, help=SUPPRESS)
+        group.add_argument("--moe-eval-capacity-max-seqlen", action="store_true", default=None, help=SUPPRESS)
         group.add_argument("--replication-count", type=int, default=None, help="copies of each expert in rank files")
         group.add_argument("--is-moe", action="store_true", help="accepted for the branches' command lines")
         group.add_argument("--moe-generation", action="store_true", help="accepted for the branches' command lines")
@@ -93,12 +106,13 @@ def _check(values: Mapping[str, Any]) -> None:
 
 def _settle(args: Namespace) -> None:
     """Move the flags into the overrides, and make a command line of several processes one of this process."""
-    names = (*RUNTIME_ARGUMENTS, *CAPACITY_ARGUMENTS, "replication_count")
+    names = (PRESET_ARGUMENT, *RUNTIME_ARGUMENTS, *CAPACITY_ARGUMENTS, "replication_count")
     given = {name: vars(args).pop(name) for name in names if name in vars(args)}
     given = {name: value for name, value in given.items() if value is not None}
-    overrides = {**_overrides(args), **given}
+    written = _overrides(args)
+    overrides = expand_preset({**written, **given})
     _check(overrides)
-    if given:
+    if overrides != written:
         args.model_overrides = repr(overrides)
     if not getattr(args, "is_moe", False):
         return
@@ -108,6 +122,16 @@ def _settle(args: Namespace) -> None:
     if hasattr(args, "pad_to_fixed_length") and hasattr(args, "context_window"):
         # The branches' eval_lm does so; under a capacity that binds it decides what is dropped.
         args.pad_to_fixed_length = True
+
+
+def _settle_training(args: Namespace) -> None:
+    """Put a preset's values where no flag says more, and say which flags change nothing here."""
+    vars(args).update(expand_preset(vars(args)))
+    vars(args).pop(PRESET_ARGUMENT, None)
+    _check(vars(args))
+    for name, reason in _WITHOUT_EFFECT.items():
+        if getattr(args, name, None):
+            _logger.warning("--%s has no effect: %s", name.replace("_", "-"), reason)
 
 
 def _overrides(args: Namespace) -> dict[str, Any]:

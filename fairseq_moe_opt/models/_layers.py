@@ -4,8 +4,8 @@ fairseq's layers have no method for the feed-forward network alone: their forwar
 ``fc2`` in turn. Here ``fc1`` is a callable that computes all of it, and the other steps do nothing. The padding mask
 comes to it by a context variable, because ``fc1`` is called with one argument.
 
-In training, dropout is applied to what the experts give together, not inside each of them as in the branches;
-activation dropout is of dense networks alone.
+As in the branches, dropout is inside each expert and inside the dense network, before they are weighted and added up;
+the layer's own dropout after ``fc2`` lets pass what they give.
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ from torch import Tensor, nn
 from fairseq_moe_opt.models._block import CMRLayer, MoEBlock
 
 _PADDING: ContextVar[Tensor | None] = ContextVar("padding_of_the_layer", default=None)
+
+
+_COMPLETE = "holds_all_of_the_network"
+"""Attribute of the tensor that a sparse network returns: its dropout is done."""
 
 
 def _same(value: Tensor) -> Tensor:
@@ -53,10 +57,11 @@ class SparseFeedForward(nn.Module):
         self.moe_layer = block
         self.cmr_layer = None if cmr_dropout is None else CMRLayer(block, cmr_dropout)
         self.masks_padding, self._cmr_final_masking = masks_padding, final_masking
-        steps = ("activation_fn", "activation_dropout_module", "ffn_layernorm")
+        steps = ("activation_fn", "activation_dropout_module", "ffn_layernorm", "dropout_module")
         self._dense_steps = {step: getattr(self, step, None) for step in steps}
         # In the instance's dictionary they hide modules of the same names, which keep their keys in the state dict.
         self.__dict__.update(fc1=self._feed_forward, fc2=_same, activation_fn=_same, activation_dropout_module=_same)
+        self.__dict__["dropout_module"] = self._dropout
         if cmr_dropout is None:
             self._modules.pop("ffn_layernorm", None)
         self.__dict__["ffn_layernorm"] = None
@@ -84,9 +89,19 @@ class SparseFeedForward(nn.Module):
     def _feed_forward(self, hidden: Tensor) -> Tensor:
         padding = _PADDING.get()
         if self.cmr_layer is None:
-            return cast(Tensor, self.moe_layer(hidden, padding))
-        mixed = cast(Tensor, self.cmr_layer(hidden, self._dense, padding))
-        return _mask_output(mixed, self._cmr_final_masking, self.training)
+            output = cast(Tensor, self.moe_layer(hidden, padding))
+        else:
+            mixed = cast(Tensor, self.cmr_layer(hidden, self._dense, padding))
+            output = _mask_output(mixed, self._cmr_final_masking, self.training)
+        setattr(output, _COMPLETE, True)
+        return output
+
+    def _dropout(self, hidden: Tensor) -> Tensor:
+        """The layer's dropout, which fairseq calls after attention and after ``fc2`` alike."""
+        if self.training and hasattr(hidden, _COMPLETE):
+            return hidden
+        # At evaluation it does nothing, unless --retain-dropout asks for it.
+        return cast(Tensor, self._dense_steps["dropout_module"](hidden))
 
     def _dense(self, hidden: Tensor) -> Tensor:
         first, second = cast(nn.Module, self._modules["fc1"]), cast(nn.Module, self._modules["fc2"])
@@ -94,7 +109,8 @@ class SparseFeedForward(nn.Module):
         hidden = self._dense_steps["activation_dropout_module"](hidden)
         if self._dense_steps["ffn_layernorm"] is not None:
             hidden = self._dense_steps["ffn_layernorm"](hidden)
-        return cast(Tensor, second(hidden))
+        hidden = second(hidden)
+        return cast(Tensor, self._dense_steps["dropout_module"](hidden) if self.training else hidden)
 
 
 def _mask_output(output: Tensor, probability: float, training: bool) -> Tensor:

@@ -27,10 +27,12 @@ from fairseq_moe_opt.checkpoints.saved_content import as_saved, slots_in
 from fairseq_moe_opt.checkpoints.torch_zip import TorchZip, open_torch_zip, tensor_records
 from fairseq_moe_opt.errors import CheckpointError, NoMoELayerError, OptionError
 from fairseq_moe_opt.models._arguments import (
+    BATCH_SIZES,
     CAPACITY_ARGUMENTS,
     IMPLIED_BY,
     RUNTIME_ARGUMENTS,
     MoEArguments,
+    expand_preset,
     options_from,
     read_arguments,
 )
@@ -70,7 +72,7 @@ def _wrap_load(stock: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, 
             state = _load_stock(functools.partial(stock, path, arg_overrides, load_on_all_ranks), given, refusal)
         model = _model_section(state)
         if model is not None:
-            apply_overrides(model, arg_overrides or {}, path)
+            apply_overrides(model, expand_preset(arg_overrides or {}), path)
         return state
 
     return load
@@ -151,7 +153,8 @@ def _model_section(state: Mapping[str, Any]) -> Any:
 def apply_overrides(model: Any, overrides: Mapping[str, Any], path: str) -> None:
     """Write the overrides of Mixture-of-Experts arguments into a model's configuration, which may lack their keys.
 
-    The runtime's options come from the overrides alone: what a training run used is forgotten. Raises OptionError for
+    The runtime's options and the batch sizes that layers pad to come from the overrides alone: what a training run
+    used is forgotten. Raises OptionError for
     a name or value that does not exist, NoMoELayerError for runtime options of a model without sparse layers.
     """
     asked = {name: value for name, value in overrides.items() if name in RUNTIME_ARGUMENTS and value is not None}
@@ -160,12 +163,12 @@ def apply_overrides(model: Any, overrides: Mapping[str, Any], path: str) -> None
             raise NoMoELayerError(f"{path}: {', '.join(asked)} given, but the model has no Mixture-of-Experts layer")
         return
     options_from({RUNTIME_ARGUMENTS[name]: value for name, value in asked.items()})
-    known = {item.name for item in fields(MoEArguments) if item.name != "_name"}
+    known = {item.name for item in fields(MoEArguments) if item.name != "_name"} | set(BATCH_SIZES)
     _require_known(overrides, known)
     implied_by = next((name for name in CAPACITY_ARGUMENTS if name in overrides), None)
     if "moe_capacity" not in asked and implied_by is not None:
         asked |= {"moe_capacity": "checkpoint", IMPLIED_BY: implied_by}
-    values: dict[str, Any] = dict.fromkeys((*RUNTIME_ARGUMENTS, IMPLIED_BY))
+    values: dict[str, Any] = dict.fromkeys((*RUNTIME_ARGUMENTS, IMPLIED_BY, *BATCH_SIZES))
     values |= asked | {name: value for name, value in overrides.items() if name in known}
     with open_dict(model) if OmegaConf.is_config(model) else nullcontext():
         for name, value in values.items():

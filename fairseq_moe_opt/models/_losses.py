@@ -53,7 +53,19 @@ def note_gate_loss(loss: Tensor | None) -> None:
 
 def note_cmr_gate(share: Tensor, padding: Tensor | None) -> None:
     """Hand a CMR layer's gate (T, B, 1) over; ``padding`` is (B, T), True where a token does not count."""
+    if wants_gate_losses():
+        _note_cmr(share.sum(), share.shape[0] * share.shape[1] if padding is None else (~padding).sum())
+
+
+def hand_over(balance: Tensor, share: Tensor | None, tokens: Tensor | int | None) -> None:
+    """Hand over what another collector got from one layer: the parts of a ``GateLosses``, None without CMR."""
+    note_gate_loss(balance)
+    if share is not None and tokens is not None:
+        _note_cmr(share, tokens)
+
+
+def _note_cmr(share: Tensor, tokens: Tensor | int) -> None:
     collector = _COLLECTOR.get()
     if collector is not None:
-        collector.cmr_share.append(share.sum())
-        collector.cmr_tokens.append(share.shape[0] * share.shape[1] if padding is None else (~padding).sum())
+        collector.cmr_share.append(share)
+        collector.cmr_tokens.append(tokens)

@@ -12,10 +12,17 @@ from torch import nn
 
 from fairseq_moe_opt.build import AnyRouter, LayerSpec
 from fairseq_moe_opt.errors import OptionError
-from fairseq_moe_opt.models._arguments import MoEArguments, read_arguments, read_options
+from fairseq_moe_opt.models._arguments import MoEArguments, read_arguments, read_batch_sizes, read_options
 from fairseq_moe_opt.models._block import BlockSpec, MoEBlock
-from fairseq_moe_opt.models._layers import SparseDecoderLayer, SparseEncoderLayer, WideDecoderLayer, WideEncoderLayer
-from fairseq_moe_opt.moe import CapacityRule, GShardTop2Router, Top1Router
+from fairseq_moe_opt.models._layers import (
+    SparseDecoderLayer,
+    SparseEncoderLayer,
+    SparseFeedForward,
+    WideDecoderLayer,
+    WideEncoderLayer,
+)
+from fairseq_moe_opt.models._recomputing import recompute
+from fairseq_moe_opt.moe import CapacityRule, ExpertDropout, GShardTop2Router, Top1Router
 from fairseq_moe_opt.options import MoEOptions
 
 _ACTIVATIONS: Mapping[str, str] = {"relu": "relu", "gelu": "gelu", "swish": "silu"}
@@ -29,10 +36,12 @@ class SparsePlan:
     Attributes:
         arguments: what the checkpoint says.
         options: how the runtime is asked to run.
+        batch_sizes: sentences that a batch is padded to in training and in validation; 0 for none.
     """
 
     arguments: MoEArguments
     options: MoEOptions
+    batch_sizes: tuple[int, int] = (0, 0)
 
     @classmethod
     def of(cls, cfg: Any) -> SparsePlan | None:
@@ -40,7 +49,7 @@ class SparsePlan:
         arguments = read_arguments(cfg)
         if not arguments.any_sparse:
             return None
-        plan = cls(arguments, read_options(cfg))
+        plan = cls(arguments, read_options(cfg), read_batch_sizes(cfg))
         for side in ("encoder", "decoder"):
             if arguments.frequency(side) and not arguments.alternate_width(side) and arguments.moe_expert_count < 1:
                 raise OptionError(
@@ -82,9 +91,11 @@ class SparsePlan:
             expert_masking=given.moe_eom,
             # CMR masks the mixture, not the experts' part of it.
             final_masking=0.0 if given.moe_cmr else given.moe_fom,
+            dropout=_dropout(layer),
         )
         length = max_positions if given.moe_eval_capacity_max_seqlen else None
-        block = MoEBlock(BlockSpec(spec, section.embed_dim, section.ffn_embed_dim, length), self.options)
+        shape = BlockSpec(spec, section.embed_dim, section.ffn_embed_dim, length, *self.batch_sizes)
+        block = MoEBlock(shape, self.options)
         layer.install(
             block,
             cmr_dropout=given.cmr_gate_drop if given.moe_cmr else None,
@@ -107,6 +118,11 @@ class SparsePlan:
         )
 
 
+def _dropout(layer: Any) -> ExpertDropout:
+    """What fairseq's layer would apply in its own feed-forward network."""
+    return ExpertDropout(layer.activation_dropout_module.p, layer.dropout_module.p)
+
+
 def _activation(name: str) -> str:
     known = _ACTIVATIONS.get(str(name))
     if known is None:
@@ -117,6 +133,7 @@ def _activation(name: str) -> str:
 def _wrapped(cfg: Any, layer: nn.Module) -> nn.Module:
     """What fairseq's own ``build_*_layer`` put around a layer."""
     if cfg.checkpoint_activations:
-        layer = checkpoint_wrapper(layer, offload_to_cpu=cfg.offload_activations)
+        around = recompute if isinstance(layer, SparseFeedForward) else checkpoint_wrapper
+        layer = around(layer, cfg.offload_activations)
     wrapped: nn.Module = fsdp_wrap(layer, min_num_params=0 if cfg.checkpoint_activations else cfg.min_params_to_wrap)
     return wrapped

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Callable, Mapping
-from dataclasses import make_dataclass
-from typing import Any
+from dataclasses import field, make_dataclass
+from typing import Any, Optional
 
 import fairseq.models as registry
 from fairseq.models.transformer.transformer_legacy import TransformerModel, base_architecture
@@ -15,12 +15,16 @@ from fairseq.models.transformer_lm import (
     transformer_lm_gpt,
 )
 from hydra.core.config_store import ConfigStore
+from omegaconf import II
 
-from fairseq_moe_opt.models._arguments import MoEArguments, RuntimeArguments
+from fairseq_moe_opt.models._arguments import BATCH_SIZES, MoEArguments, RuntimeArguments
 from fairseq_moe_opt.models._transformer import MoELanguageModel, MoETransformerModel
 
 LanguageModelConfig = make_dataclass(
-    "MoELanguageModelConfig", [], bases=(RuntimeArguments, MoEArguments, TransformerLanguageModelConfig)
+    "MoELanguageModelConfig",
+    # Without a help text, so that fairseq takes them for what another group of flags sets.
+    [(name, Optional[int], field(default=II(f"dataset.{name}"))) for name in BATCH_SIZES],  # noqa: UP045
+    bases=(RuntimeArguments, MoEArguments, TransformerLanguageModelConfig),
 )
 """fairseq's language model configuration with the sparse layers' arguments: what it does not declare gets lost."""
 

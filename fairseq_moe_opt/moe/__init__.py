@@ -1,6 +1,6 @@
 """The forward pass of one Mixture-of-Experts layer, in torch alone."""
 
-from fairseq_moe_opt.moe.experts import ResidentExperts, ResidentPackedExperts
+from fairseq_moe_opt.moe.experts import ExpertDropout, ResidentExperts, ResidentPackedExperts
 from fairseq_moe_opt.moe.kernels import available_kernels, register_kernel
 from fairseq_moe_opt.moe.layer import LayerConfig, LayerOutput, MoELayer
 from fairseq_moe_opt.moe.report import LayerCounters, LayerReport
@@ -10,6 +10,7 @@ from fairseq_moe_opt.moe.types import Dispatch, ExpertWeights, PackedExperts, Ro
 __all__ = [
     "CapacityRule",
     "Dispatch",
+    "ExpertDropout",
     "ExpertWeights",
     "GShardTop2Router",
     "LayerConfig",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -36,7 +37,28 @@ def compute_dtype(experts: torch.dtype, rows: torch.dtype) -> torch.dtype:
     return experts if experts.is_floating_point else rows
 
 
-def expert_ffn(rows: Tensor, expert: ExpertWeights, activation: str) -> Tensor:
+@dataclass(frozen=True)
+class ExpertDropout:
+    """Dropout inside an expert in training, as fairseq's ``FeedForwardNetwork`` applies it.
+
+    Attributes:
+        hidden: probability after the activation.
+        output: probability after ``fc2``.
+    """
+
+    hidden: float = 0.0
+    output: float = 0.0
+
+    @property
+    def is_on(self) -> bool:
+        """Whether it changes anything."""
+        return self.hidden > 0 or self.output > 0
+
+
+NO_DROPOUT = ExpertDropout()
+
+
+def expert_ffn(rows: Tensor, expert: ExpertWeights, activation: str, dropout: ExpertDropout = NO_DROPOUT) -> Tensor:
     """``fc2(act(fc1 x))`` of (r, D) rows, gated when the expert has a gate matrix. Differentiable.
 
     An int8 expert is computed from the floats of the rows' dtype that it stands for: gradients flow through its
@@ -49,7 +71,10 @@ def expert_ffn(rows: Tensor, expert: ExpertWeights, activation: str) -> Tensor:
         hidden = activate(activation, hidden)
     else:
         hidden = activate(activation, functional.linear(rows, expert.gate_weight)) * hidden
-    return functional.linear(hidden, expert.fc2_weight, expert.fc2_bias)
+    if dropout.hidden > 0:
+        hidden = functional.dropout(hidden, dropout.hidden)
+    output = functional.linear(hidden, expert.fc2_weight, expert.fc2_bias)
+    return functional.dropout(output, dropout.output) if dropout.output > 0 else output
 
 
 class ResidentExperts:

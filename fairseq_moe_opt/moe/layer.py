@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fairseq_moe_opt.moe import dispatch as dispatching
-from fairseq_moe_opt.moe.experts import check_activation, compute_dtype, expert_ffn
+from fairseq_moe_opt.moe.experts import NO_DROPOUT, ExpertDropout, check_activation, compute_dtype, expert_ffn
 from fairseq_moe_opt.moe.kernels import choose_kernel, get_kernel
 from fairseq_moe_opt.moe.protocols import ExpertKernel, ExpertStore, Router, RoutingObserver
 from fairseq_moe_opt.moe.report import LayerCounters
@@ -28,6 +29,7 @@ class LayerConfig:
         expert_masking: EOM probability p of the NLLB branch: expert outputs are multiplied by 1 - p at evaluation and
             whole expert rows are zeroed with probability p in training.
         final_masking: FOM probability, the same on the layer's output, token by token in training.
+        dropout: inside each expert, in training.
     """
 
     activation: str = "relu"
@@ -35,6 +37,7 @@ class LayerConfig:
     kernel: str = "auto"
     expert_masking: float = 0.0
     final_masking: float = 0.0
+    dropout: ExpertDropout = NO_DROPOUT
 
     def __post_init__(self) -> None:
         check_activation(self.activation)
@@ -99,21 +102,29 @@ class MoELayer:
         """Everything after routing: (T, D) tokens sent as ``routing`` says, back as (T, D)."""
         with self.counters.timed("dispatch", tokens.device):
             plan = dispatching.plan(routing)
-        autograd = self._wants_autograd(tokens)
+        dropout = self.config.dropout if training else NO_DROPOUT
+        # Kernels compute no dropout.
+        autograd = dropout.is_on or self._wants_autograd(tokens)
         self._count(tokens, routing, plan, autograd)
         routing = self._masked(routing, training)
         if self.config.gating == "static":
             with self.counters.timed("experts", tokens.device):
-                output = static_moe(tokens, routing, self.store, self.config.activation)
+                output = static_moe(tokens, routing, self.store, self.config.activation, dropout)
         else:
-            output = self._dynamic(tokens, routing, plan, autograd)
+            compute = functools.partial(self._experts_autograd, dropout) if autograd else self._experts
+            output = self._dynamic(tokens, routing, plan, compute)
         return self._final(output, training)
 
-    def _dynamic(self, tokens: Tensor, routing: Routing, plan: Dispatch, autograd: bool) -> Tensor:
+    def _dynamic(
+        self,
+        tokens: Tensor,
+        routing: Routing,
+        plan: Dispatch,
+        compute: Callable[[Tensor, tuple[Segment, ...]], Tensor],
+    ) -> Tensor:
         with self.counters.timed("dispatch", tokens.device):
             rows = dispatching.gather(tokens.to(compute_dtype(self.store.dtype, tokens.dtype)), plan)
         with self.counters.timed("experts", tokens.device):
-            compute = self._experts_autograd if autograd else self._experts
             results = compute(rows, dispatching.segments(plan))
         with self.counters.timed("combine", tokens.device):
             return dispatching.combine(results.to(tokens.dtype), plan, routing.weight)
@@ -129,14 +140,16 @@ class MoELayer:
             kernel.run(rows, due, wave, self.config.activation, results[:-1])
         return results
 
-    def _experts_autograd(self, rows: Tensor, segments: tuple[Segment, ...]) -> Tensor:
-        """The same with gradients (and under autocast): segment results concatenated instead of written in place."""
-        by_expert = {segment.expert: segment for segment in segments}
+    def _experts_autograd(self, dropout: ExpertDropout, rows: Tensor, segments: tuple[Segment, ...]) -> Tensor:
+        """The same with gradients, dropout and under autocast: results concatenated instead of written in place."""
+        activation = self.config.activation
+        # One split, not a slice an expert: the backward of a slice fills a tensor of all rows with zeros.
+        pieces = torch.split_with_sizes(rows, [segment.stop - segment.start for segment in segments])
+        by_expert = dict(zip((segment.expert for segment in segments), pieces, strict=True))
         parts: dict[int, Tensor] = {}
         for wave in self.store.waves(tuple(by_expert)):
             for expert, weights in zip(wave.experts, wave.weights, strict=True):
-                here = slice(by_expert[expert].start, by_expert[expert].stop)
-                parts[expert] = expert_ffn(rows[here], weights, self.config.activation).to(rows.dtype)
+                parts[expert] = expert_ffn(by_expert[expert], weights, activation, dropout).to(rows.dtype)
         return torch.cat([*(parts[segment.expert] for segment in segments), rows.new_zeros(1, rows.shape[1])])
 
     def _wants_autograd(self, tokens: Tensor) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fairseq_moe_opt.moe.experts import compute_dtype, expert_ffn
+from fairseq_moe_opt.moe.experts import NO_DROPOUT, ExpertDropout, compute_dtype, expert_ffn
 from fairseq_moe_opt.moe.protocols import ExpertStore
 from fairseq_moe_opt.moe.types import Routing
 
@@ -37,7 +37,9 @@ def combine_weights(routing: Routing, capacity: int) -> Tensor:
     return total
 
 
-def static_moe(tokens: Tensor, routing: Routing, store: ExpertStore, activation: str) -> Tensor:
+def static_moe(
+    tokens: Tensor, routing: Routing, store: ExpertStore, activation: str, dropout: ExpertDropout = NO_DROPOUT
+) -> Tensor:
     """(T, D) tokens through all E experts at C rows each; returns (T, D). Differentiable.
 
     C is the routing's capacity, or T when it drops nothing (the smallest fixed size that can never overflow).
@@ -53,6 +55,6 @@ def static_moe(tokens: Tensor, routing: Routing, store: ExpertStore, activation:
     outputs: dict[int, Tensor] = {}
     for wave in store.waves(range(routing.num_experts)):
         for expert, weights in zip(wave.experts, wave.weights, strict=True):
-            outputs[expert] = expert_ffn(buffers[expert], weights, activation)
+            outputs[expert] = expert_ffn(buffers[expert], weights, activation, dropout)
     stacked = torch.cat([outputs[expert] for expert in range(routing.num_experts)]).to(tokens.dtype)
     return torch.mm(combine.reshape(num_tokens, routing.num_experts * capacity), stacked)

@@ -266,3 +266,21 @@ def test_half_precision_is_computed_in_float32_on_a_cpu(checkpoint: Path, tmp_pa
 def test_a_device_file_is_written_to_as_it_is(run: Run, checkpoint: Path) -> None:
     assert run("translate", checkpoint, *LANGUAGES, *GREEDY, "-o", os.devnull, stdin=b"b\n").code == 0
     assert not Path(os.devnull).is_file()
+
+
+def test_a_preset_is_overridden_by_flags(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    report, preset = tmp_path / "report.json", tmp_path / "mine.yaml"
+    preset.write_text(f"gating: static\ncapacity: checkpoint\nreport: {report}\n", encoding="utf-8")
+    file = text_file(tmp_path, ["a cat"])
+    done = run("translate", checkpoint, file, *LANGUAGES, *GREEDY, "--moe-preset", preset, "--moe-capacity", "none")
+    assert done.code == 0, done.err
+    options = json.loads(report.read_text(encoding="utf-8"))["options"]
+    assert (options["gating"], options["capacity"]) == ("static", "none")
+
+
+def test_a_wrong_preset_names_file_and_key(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    preset = tmp_path / "mine.yaml"
+    preset.write_text("gating: eager\n", encoding="utf-8")
+    done = run("translate", checkpoint, "--moe-preset", preset)
+    assert done.code == 2
+    assert all(word in done.error_line for word in ("mine.yaml", "'gating'", "eager", "dynamic"))

@@ -36,39 +36,19 @@ TRANSLATION = [
     "--required-batch-size-multiple",
     "1",
 ]
-# What NLLB's generate_multi.py passes, less the sentencepiece model, which the toy task has none of.
-NLLB = [
-    "--task",
-    "translation_multi_simple_epoch",
-    "--langs",
-    "src,tgt",
-    "--lang-pairs",
-    "src-tgt",
-    "--source-lang",
-    "src",
-    "--target-lang",
-    "tgt",
-    "--encoder-langtok",
-    "src",
-    "--decoder-langtok",
-    "--gen-subset",
-    "test",
-    "--beam",
-    "4",
-    "--enable-m2m-validation",
-    "--add-data-source-prefix-tags",
-    "--is-moe",
-    "--distributed-world-size",
-    "16",
-    "--distributed-port",
-    "29533",
-    "--max-sentences",
-    "36",
-]
+NLLB = (
+    "--task translation_multi_simple_epoch --langs src,tgt --lang-pairs src-tgt --source-lang src --target-lang tgt "
+    "--encoder-langtok src --decoder-langtok --gen-subset test --beam 4 --bpe sentencepiece --sacrebleu "
+    "--enable-m2m-validation --add-data-source-prefix-tags --fp16 --is-moe --distributed-world-size 16 "
+    "--distributed-port 29533 --max-sentences 36"
+)
+"""What NLLB's generate_multi.py passes, less what names a file."""
+
 NLLB_OVERRIDES = (
     "{'world_size': 16, 'moe_eval_capacity_token_fraction': 1.0, 'use_moe_pad_mask': False, "
     "'pass_tokens_transformer_layer': False, 'replication_count': 1}"
 )
+SENTENCEPIECE = Path(__file__).parents[1] / "data" / "demo_small" / "spm.model"
 
 
 def hypotheses(text: str) -> dict[str, list[str]]:
@@ -102,6 +82,7 @@ def check_text(found: str, expected: str) -> None:
         ("A_top2_eom", "cli_ws1_cap0.25", "0.25", "checkpoint_last.pt"),
         ("A_top2_eom", "cli_ws1_cap0.25", "0.25", "checkpoint_single.pt"),
         ("A_top2_eom", "cli_ws2_cap0.25", "0.25", "checkpoint_last.pt"),
+        ("A_top2_eom", "cli_ws2_cap1.00", "1.0", "checkpoint_single.pt"),
         ("C_top1", "cli_ws1_cap1.00", "1.0", "checkpoint_last.pt"),
         ("D_cmr", "cli_ws1_cap1.00", "1.0", "checkpoint_last.pt"),
     ],
@@ -122,34 +103,89 @@ def test_generate(
     check_text(found, (FAIRSEQ_GOLDENS / model / f"{text}.txt").read_text(encoding="utf-8"))
 
 
-def run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """``python -m module`` with the plugin, in a process of its own."""
-    command = [sys.executable, "-m", module, *arguments, "--user-dir", str(PLUGIN)]
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    """A command line with the plugin, in a process of its own."""
     environment = {**os.environ, "PYTHONPATH": str(PLUGIN.parent), "OMP_NUM_THREADS": "1"}
+    command = (*command, "--user-dir", str(PLUGIN))
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
 
 
-def test_the_published_command_line_of_nllb(tmp_path: Path) -> None:
-    model = FAIRSEQ_GOLDENS / "F_multilingual"
-    path = ["--path", str(model / "checkpoint_last.pt"), "--cpu", "--model-overrides", NLLB_OVERRIDES]
-    report = tmp_path / "report.json"
-    outputs = ["--results-path", str(tmp_path), "--moe-report", str(report)]
-    done = run("fairseq_cli.generate", str(DATA / "bin"), *NLLB, *path, *outputs)
+def installed(command: str) -> list[str]:
+    """A console script of fairseq, run by this interpreter."""
+    path = Path(sys.executable).with_name(command)
+    if not path.exists():
+        pytest.skip(f"there is no {path}")
+    return [sys.executable, str(path)]
+
+
+def nllb_command(folder: Path, *more: str) -> list[str]:
+    """The published flags for the small model, results into ``folder``."""
+    path = ["--path", str(FAIRSEQ_GOLDENS / "F_multilingual" / "checkpoint_last.pt")]
+    outputs = ["--results-path", str(folder), "--moe-report", str(folder / "report.json")]
+    pieces = ["--sentencepiece-model", str(SENTENCEPIECE), "--model-overrides", NLLB_OVERRIDES]
+    return [str(DATA / "bin"), *NLLB.split(), *path, *pieces, *outputs, *more]
+
+
+@pytest.mark.parametrize("way", ["module", "script"])
+def test_the_published_command_line_of_nllb(way: str, tmp_path: Path) -> None:
+    """As written: half precision, on a CPU too, and a sentencepiece model to put hypotheses together with."""
+    start = [sys.executable, "-m", "fairseq_cli.generate"] if way == "module" else installed("fairseq-generate")
+    done = run(*start, *nllb_command(tmp_path))
     assert done.returncode == 0, done.stderr
-    written = read_json(report)
+    written = read_json(tmp_path / "report.json")
     assert written["options"]["capacity"] == "checkpoint"
     assert written["options"]["capacity_implied_by"] == "moe_eval_capacity_token_fraction"
     assert [layer["dropped_rows"] for layer in written["layers"]] == [0, 0, 0, 0]
     assert written["tokens"]["encoder"] > 48
+    text = (FAIRSEQ_GOLDENS / "F_multilingual" / "cli_ws2_nllb_style.txt").read_text(encoding="utf-8")
     found = (tmp_path / "generate-test.txt").read_text(encoding="utf-8")
-    check_text(found, (model / "cli_ws2_nllb_style.txt").read_text(encoding="utf-8"))
+    ours, theirs = hypotheses(found), hypotheses(text)
+    assert list(ours) == list(theirs)
+    # The goldens are of single precision, and of words without a sentencepiece model.
+    same = [ours[name][1] == fields[1] for name, fields in theirs.items() if name[0] == "H"]
+    assert sum(same) >= 46
+    assert "BLEU" in found.strip().splitlines()[-1]
+    assert " " not in ours["D-0"][1] and ours["D-0"][1] == ours["H-0"][1].replace(" ", "").lstrip("_")
+
+
+def test_the_command_line_of_nllb_in_single_precision_prints_what_the_branch_prints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [word for word in nllb_command(tmp_path) if word not in {"--fp16", "--bpe", "sentencepiece"}]
+    cut = arguments.index("--sentencepiece-model")
+    arguments = [*arguments[:cut], *arguments[cut + 2 :]]
+    arguments.remove("--sacrebleu")
+    monkeypatch.setattr(sys, "argv", ["fairseq-generate", *arguments, "--cpu", "--user-dir", str(PLUGIN)])
+    generate_command.cli_main()
+    found = (tmp_path / "generate-test.txt").read_text(encoding="utf-8")
+    check_text(found, (FAIRSEQ_GOLDENS / "F_multilingual" / "cli_ws2_nllb_style.txt").read_text(encoding="utf-8"))
+
+
+def test_the_published_command_line_of_the_language_models() -> None:
+    path = str(FAIRSEQ_GOLDENS / "E_lm_moe_branch" / "checkpoint_last.pt")
+    flags = "--gen-subset valid --sample-break-mode none --tokens-per-sample 32 --batch-size 1 --fp16"
+    flags += " --output-word-probs --is-moe --distributed-world-size 8"
+    overrides = ["--model-overrides", "{'world_size': 8, 'moe_eval_capacity_token_fraction': 0.05}"]
+    start = [sys.executable, "-m", "fairseq_cli.eval_lm", str(DATA / "binlm"), "--path", path]
+    done = run(*start, *flags.split(), *overrides)
+    assert done.returncode == 0, done.stderr
+    (loss,) = re.findall(r"Loss \(base 2\): ([\d.]+)", done.stderr)
+    assert 4 < float(loss) < 7
 
 
 def test_an_error_is_one_line_that_names_the_file(tmp_path: Path) -> None:
     for part in ("shared", "rank-1"):
         shutil.copy(FAIRSEQ_GOLDENS / "A_top2_eom" / f"checkpoint_last-{part}.pt", tmp_path / f"x-{part}.pt")
     done = run(
-        "fairseq_cli.generate", str(DATA / "bin"), "--path", str(tmp_path / "x.pt"), "--cpu", "--batch-size", "8"
+        sys.executable,
+        "-m",
+        "fairseq_cli.generate",
+        str(DATA / "bin"),
+        "--path",
+        str(tmp_path / "x.pt"),
+        "--cpu",
+        "--batch-size",
+        "8",
     )
     assert done.returncode != 0
     assert "Traceback" not in done.stderr

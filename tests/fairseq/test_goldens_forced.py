@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +12,14 @@ from torch import Tensor
 
 pytest.importorskip("fairseq", reason="fairseq is not installed")
 
+from omegaconf import OmegaConf
+
+from fairseq_moe_opt.models._losses import collect_gate_losses
 from fairseq_moe_opt.moe import Routing
 from tests.helpers.compare import relative_difference
 from tests.helpers.fairseq_runs import (
     BATCHES,
+    LANGUAGE_MODEL,
     MODELS,
     arrays,
     dense_weights,
@@ -57,8 +62,11 @@ def check_outputs(model: Any, golden: dict[str, Tensor], batch: str, tolerance: 
 def test_outputs_and_routing_are_the_branches_own(model_name: str, name: str, batch: str) -> None:
     model, _ = load_golden(model_name, name)
     golden = arrays(model_name, name)
-    with recorded(model) as recorder:
+    with recorded(model) as recorder, collect_gate_losses() as losses:
         check_outputs(model, golden, batch)
+    assert len(losses.balance) == len(recorder.routings)
+    for layer, loss in zip(recorder.routings, losses.balance, strict=True):
+        assert float(loss) == pytest.approx(float(golden[f"{batch}.router.{layer}.l_aux"]), rel=1e-5), layer
     assert len(recorder.routings) == (2 if model_name.startswith("E") else 4)
     for layer, (routing,) in recorder.routings.items():
         prefix = f"{batch}.router.{layer}"
@@ -69,9 +77,26 @@ def test_outputs_and_routing_are_the_branches_own(model_name: str, name: str, ba
 
 
 @pytest.mark.parametrize("gating", ["dynamic", "static"])
-def test_one_file_with_all_experts_gives_the_same(gating: str) -> None:
-    model, _ = load_golden("A_top2_eom", "cap0.25", "checkpoint_single.pt", moe_gating=gating)
-    check_outputs(model, arrays("A_top2_eom", "cap0.25"), "b0")
+@pytest.mark.parametrize("name", [name for model, name in EXACT if model == "A_top2_eom"])
+def test_one_file_with_all_experts_gives_the_same(name: str, gating: str) -> None:
+    model, _ = load_golden("A_top2_eom", name, "checkpoint_single.pt", moe_gating=gating)
+    check_outputs(model, arrays("A_top2_eom", name), "b0")
+
+
+@pytest.mark.parametrize(("model_name", "name"), [("A_top2_eom", "cap0.25"), (LANGUAGE_MODEL, "cap0.05")])
+def test_batch_sizes_of_training_do_not_matter_to_a_loaded_model(model_name: str, name: str) -> None:
+    """The language model was trained with --batch-size 16; a batch of 6 is not filled up unless somebody asks."""
+    golden = arrays(model_name, name)
+    model, _ = load_golden(model_name, name)
+    check_outputs(model, golden, "b0")
+    model, _ = load_golden(model_name, name, batch_size=16, batch_size_valid=16)
+    with recorded(model) as recorder:
+        forced(model, golden, "b0")
+    layer, (routing,) = next(iter(recorder.routings.items()))
+    fraction = record(model_name, name)["overrides"]["moe_eval_capacity_token_fraction"]
+    assert routing.capacity == math.ceil(fraction * 16 * golden["b0.src_tokens"].shape[1]), layer
+    model.prepare_for_inference_(OmegaConf.create({"common_eval": {}, "generation": {}}))
+    check_outputs(model, golden, "b0")
 
 
 @pytest.mark.parametrize("kernel", ["naive", "loop", "grouped_mm"])
@@ -134,16 +159,3 @@ def test_conditional_gates_are_the_branches_own(batch: str) -> None:
     for name, gate in gates.items():
         found = gate.squeeze(-1).t()
         assert relative_difference(found, golden[f"{batch}.router.{name}.gate_value"]) <= TOLERANCE
-
-
-def test_gate_losses_are_the_branches_own() -> None:
-    from fairseq_moe_opt.models._losses import collect_gate_losses
-
-    model, _ = load_golden("A_top2_eom", "cap1.00")
-    golden = arrays("A_top2_eom", "cap1.00")
-    with collect_gate_losses() as losses:
-        forced(model, golden, "b0")
-    names = [f"b0.router.{block.spec.layer.name}.l_aux" for block in model.moe.blocks]
-    assert len(losses.balance) == 4
-    for found, name in zip(losses.balance, names, strict=True):
-        assert float(found) == pytest.approx(float(golden[name]), rel=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import shutil
 import subprocess
@@ -58,6 +59,18 @@ def test_an_explicit_capacity_option_wins_over_the_implied_one() -> None:
     model, _ = load(MODEL / "checkpoint_last.pt", DATA, moe_eval_capacity_token_fraction=0.1, moe_capacity="none")
     assert model.moe.options.capacity == "none"
     assert "capacity_implied_by" not in model.moe.report().options
+
+
+def test_a_preset_among_the_overrides_gives_way_to_them(tmp_path: Path) -> None:
+    preset = tmp_path / "mine.yaml"
+    preset.write_text("gating: static\ncapacity: none\n", encoding="utf-8")
+    model, _ = load(MODEL / "checkpoint_last.pt", DATA, moe_preset=str(preset), moe_eval_capacity_token_fraction=0.1)
+    assert (model.moe.options.gating, model.moe.options.capacity) == ("static", "none")
+    model, _ = load(MODEL / "checkpoint_last.pt", DATA, moe_preset=str(preset), moe_gating="dynamic")
+    assert model.moe.options.gating == "dynamic"
+    preset.write_text("gatting: static\n", encoding="utf-8")
+    with pytest.raises(OptionError, match=r"'moe_preset'.*mine\.yaml.*'gatting'"):
+        load(MODEL / "checkpoint_last.pt", DATA, moe_preset=str(preset))
 
 
 def test_options_of_the_training_run_are_forgotten(files: Path, tmp_path: Path) -> None:
@@ -185,6 +198,30 @@ def test_flags_travel_in_the_overrides() -> None:
     assert not hasattr(args, "moe_gating")
 
 
+@pytest.mark.parametrize("flag", ["--moe-eval-capacity-token-fraction=0.1", "--moe-eval-capacity-max-seqlen"])
+def test_a_capacity_flag_implies_the_checkpoints_capacity(flag: str) -> None:
+    name = flag.removeprefix("--").partition("=")[0].replace("-", "_")
+    overrides = ast.literal_eval(parse(flag).model_overrides)
+    model, _ = load(MODEL / "checkpoint_last.pt", DATA, **overrides)
+    assert model.moe.report().options["capacity_implied_by"] == name
+    assert model.moe.options.capacity == "checkpoint"
+
+
+@pytest.mark.parametrize("where", ["flag", "override"])
+def test_a_preset_of_a_command_line_gives_way_to_flags(where: str) -> None:
+    preset = ["--moe-preset", "static"] if where == "flag" else ["--model-overrides", "{'moe_preset': 'static'}"]
+    overrides = ast.literal_eval(parse(*preset, "--moe-capacity", "none").model_overrides)
+    assert overrides == {"moe_gating": "static", "moe_capacity": "none"}
+
+
+def test_training_takes_a_preset_too(caplog: pytest.LogCaptureFixture) -> None:
+    flags = ["--arch", "transformer", "--moe-preset", "static", "--moe-capacity", "none", "--moe-local-drop", "0.1"]
+    args = options.parse_args_and_arch(options.get_training_parser(), [str(DATA), *flags])
+    assert (args.moe_gating, args.moe_capacity) == ("static", "none")
+    (warning,) = [entry.getMessage() for entry in caplog.records if "no effect" in entry.getMessage()]
+    assert warning.startswith("--moe-local-drop") and "one process" in warning
+
+
 def test_overrides_without_flags_stay_as_they_are() -> None:
     assert parse("--model-overrides", "{'moe_eom':0.0}").model_overrides == "{'moe_eom':0.0}"
     assert parse().model_overrides == "{}"
@@ -202,6 +239,7 @@ def test_several_processes_become_one() -> None:
         (("--model-overrides", "{'moe_gating': 'eager'}"), "moe_gating"),
         (("--moe-gating", "static", "--moe-kernel", "loop"), "moe_kernel"),
         (("--model-overrides", "{'moe_gating'"), "model_overrides"),
+        (("--moe-preset", "nothing"), "moe_preset"),
     ],
 )
 def test_a_wrong_flag_ends_the_command_line(

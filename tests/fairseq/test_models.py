@@ -11,15 +11,20 @@ import torch
 
 pytest.importorskip("fairseq", reason="fairseq is not installed")
 
+from fairseq import options
 from fairseq.data import Dictionary
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY, build_model
 from fairseq.models.transformer.transformer_legacy import TransformerModel
 from fairseq.models.transformer_lm import TransformerLanguageModel, TransformerLanguageModelConfig
+from fairseq.modules.checkpoint_activations import unwrap_checkpoint
 from fairseq.tasks.fairseq_task import FairseqTask
 from omegaconf import OmegaConf
 
 import fairseq_moe_opt
 from fairseq_moe_opt.errors import OptionError
+from fairseq_moe_opt.models._losses import collect_gate_losses
+from fairseq_moe_opt.models._plan import SparsePlan
 from fairseq_moe_opt.options import MoEOptions
 from tests.helpers.compare import relative_difference
 
@@ -278,3 +283,107 @@ def test_a_model_runs_as_other_options_say_from_then_on() -> None:
     assert relative_difference(static, dynamic) < 1e-5
     model.moe.run_as(MoEOptions())
     assert torch.equal(run(model), dynamic)
+
+
+def meta_parameters(architecture: str, vocabulary: int, **values: Any) -> tuple[float, float]:
+    """Billions of parameters in all and in experts of a preset, built without memory."""
+    args = Namespace(arch=architecture, _name=architecture, **values)
+    ARCH_CONFIG_REGISTRY[architecture](args)
+    task = Task()
+    for number in range(vocabulary - len(task.source_dictionary)):
+        task.source_dictionary.add_symbol(f"more{number}")
+    with torch.device("meta"):
+        model = ARCH_MODEL_REGISTRY[architecture].build_model(args, task)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    return sum(sizes.values()) / 1e9, sum(size for name, size in sizes.items() if ".experts." in name) / 1e9
+
+
+def test_nllb_has_54_billion_parameters() -> None:
+    """256,206 symbols: pieces, 202 languages, three data tags."""
+    total, experts = meta_parameters("transformer_moe_nllb200_54b", 256206)
+    assert total == pytest.approx(54.5, abs=0.05)
+    assert experts == pytest.approx(51.5, abs=0.1)
+
+
+def test_normformer_runs_and_takes_gradients() -> None:
+    names = ("scale_fc", "scale_attn", "scale_heads", "scale_resids")
+    model = build(sparse(**dict.fromkeys(names, True)))
+    plain = build(sparse())
+    source = tokens()
+    logits = model(source, torch.full((3,), 5), source)[0]
+    logits.square().mean().backward()
+    assert bool(logits.isfinite().all()) and not torch.equal(logits, run(plain))
+    kinds = {"attn_ln", "ffn_layernorm", "c_attn", "w_resid"}
+    missing = [name for name, one in model.named_parameters() if kinds & set(name.split(".")) and one.grad is None]
+    assert not missing
+    assert all(any(kind in name for name, _ in model.named_parameters()) for kind in kinds)
+
+
+@pytest.mark.parametrize("conditional", [False, True])
+def test_dropout_of_the_experts_is_applied_once(conditional: bool) -> None:
+    """Each of two experts gives 1 and drops it half the time: a quarter is 0. Dropped again, 5/8 would be."""
+    model = build(sparse(dropout=0.5, moe_cmr=conditional)).train()
+    layer = model.encoder.layers[1]
+    assert layer.moe_layer.spec.layer.dropout.output == 0.5
+    for network in [*layer.moe_layer.experts, *([layer] if conditional else [])]:
+        second = network._modules["fc2"]
+        torch.nn.init.zeros_(second.weight)
+        torch.nn.init.ones_(second.bias)
+    kept = []
+    layer.final_layer_norm.register_forward_pre_hook(lambda _m, args: kept.append(args[0]))
+    with torch.no_grad():
+        hidden = torch.randn(100, 20, D)
+        added = layer(hidden, None) - kept[0]
+    zeros = float((added.abs() < 1e-5).float().mean())
+    # The dense network of conditional routing drops its own half.
+    assert zeros == pytest.approx(0.125 if conditional else 0.25, abs=0.02)
+    assert float((layer._dropout(torch.ones(1000)) == 0).float().mean()) == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.parametrize("architecture", ["transformer_lm_gpt", "transformer_lm_moe_15b", "transformer"])
+@pytest.mark.parametrize(("flags", "expected"), [("--batch-size 4", (4, 4)), ("--max-tokens 64", (0, 0))])
+@pytest.mark.parametrize(("more", "validation"), [("", None), ("--batch-size-valid 8", 8)])
+def test_batch_sizes_reach_the_layers(
+    architecture: str, flags: str, expected: tuple[int, int], more: str, validation: int | None
+) -> None:
+    task = "translation" if architecture == "transformer" else "language_modeling"
+    line = f"data --arch {architecture} --task {task} --moe-freq 2 --moe-expert-count 4 {flags} {more}"
+    args = options.parse_args_and_arch(options.get_training_parser(), line.split())
+    plan = SparsePlan.of(convert_namespace_to_omegaconf(args).model)
+    assert plan is not None
+    assert plan.batch_sizes == (expected[0], validation or expected[1])
+
+
+@pytest.mark.parametrize("changes", [{}, {"moe_cmr": True}, {"moe_top1_expert": True}])
+def test_activation_checkpointing_changes_no_gradient(changes: dict[str, Any]) -> None:
+    """Neither of the task's loss nor of the gates'."""
+    found = []
+    for checkpointed in (False, True):
+        values = {"checkpoint_activations": checkpointed, "use_moe_pad_mask": True, "moe_eom": 0.2, "dropout": 0.1}
+        model = build(sparse(**values, **changes)).train()
+        source = tokens()
+        source[0, :2] = 1
+        torch.manual_seed(4)
+        with collect_gate_losses() as losses:
+            logits = model(source, torch.tensor([3, 5, 5]), source)[0]
+        assert len(losses.balance) == 2 and len(losses.cmr_share) == len(losses.cmr_tokens) == 2 * (
+            "moe_cmr" in changes
+        )
+        loss = logits.square().mean() + sum(losses.balance) + sum(losses.cmr_share)
+        loss.backward()
+        found.append({name: one.grad for name, one in model.named_parameters()})
+    plain, recomputed = found
+    assert plain.keys() == recomputed.keys()
+    for name, gradient in plain.items():
+        assert (gradient is None) == (recomputed[name] is None), name
+        assert gradient is None or torch.allclose(gradient, recomputed[name], rtol=1e-5, atol=1e-7), name
+
+
+def test_a_checkpointed_model_is_copied_and_unwrapped() -> None:
+    model = build(sparse(checkpoint_activations=True))
+    expected = run(model)
+    twin = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    assert torch.equal(run(twin), expected)
+    assert torch.equal(run(unwrap_checkpoint(twin)), expected)

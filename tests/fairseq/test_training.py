@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import math
 import sys
 from pathlib import Path
@@ -22,10 +23,11 @@ from fairseq_moe_opt.errors import OptionError
 from fairseq_moe_opt.models._block import BlockSpec, MoEBlock
 from fairseq_moe_opt.models._criteria import cmr_gate_loss, combined_gate_loss
 from fairseq_moe_opt.models._losses import GateLosses
+from fairseq_moe_opt.models._report import ModelHandle
 from fairseq_moe_opt.moe import GShardTop2Router, Top1Router
 from fairseq_moe_opt.options import MoEOptions
 from tests.helpers.fairseq_runs import arrays, load_golden
-from tests.helpers.goldens import FAIRSEQ_GOLDENS
+from tests.helpers.goldens import FAIRSEQ_GOLDENS, read_json
 
 fairseq_moe_opt.register_fairseq()
 
@@ -94,6 +96,20 @@ def test_transforms_and_empty_lists() -> None:
         criterion("moe_cross_entropy", _task(), moe_gate_loss_wt=1.0, moe_gate_loss_transform="log")
 
 
+def test_the_losses_by_hand() -> None:
+    """Gates of 3 + 1 over 4 + 4 tokens: half of each token, 0.3 from a share of 0.8."""
+    losses = GateLosses(cmr_share=[torch.tensor(3.0), torch.tensor(1.0)], cmr_tokens=[torch.tensor(4), 4])
+    assert float(cmr_gate_loss(losses, 0.8)) == pytest.approx(0.3)
+    with torch.no_grad():
+        # Both rows to expert 0 of 2, with probabilities 0.75 and 0.25: E^2 * mean(0.75 * 1, 0.25 * 0) = 1.5.
+        logits = torch.tensor([[3.0, 1.0], [3.0, 1.0]]).log()
+        routing = Top1Router(2).route(logits, with_aux_loss=True)
+        assert float(routing.aux_loss) == pytest.approx(1.5)
+        # A row of padding counts in the means, not among the choices: 4 * mean(0.75 * 0.5, 0.25 * 0) = 0.75.
+        routing = Top1Router(2).route(logits, torch.tensor([False, True]), with_aux_loss=True)
+        assert float(routing.aux_loss) == pytest.approx(0.75)
+
+
 def _task() -> Any:
     return load_golden("A_top2_eom", "cap1.00")[1]
 
@@ -133,8 +149,20 @@ def test_a_trained_model_loses_no_expert(architecture: str, tmp_path: Path, monk
     models, _, _ = checkpoint_utils.load_model_ensemble_and_task([str(path)], arg_overrides={"moe_gating": "static"})
     assert len(models[0].moe.blocks) == 2
     assert models[0].moe.options.gating == "static"
-    evaluation = ["--path", str(path), "--cpu", "--max-tokens", "600", "--valid-subset", "test"]
-    command(monkeypatch, validate.cli_main, str(DATA / "bin"), *evaluation)
+    evaluation = ["--path", str(path), "--cpu", "--batch-size", "8", "--valid-subset", "test"]
+    report = tmp_path / "report.json"
+    more = ["--batch-size-valid", "20", "--moe-preset", "static", "--moe-report", str(report)]
+    at_exit = []
+    monkeypatch.setattr(atexit, "register", lambda call, *values: at_exit.append((call, values)))
+    command(monkeypatch, validate.cli_main, str(DATA / "bin"), *evaluation, *more)
+    for call, values in at_exit:
+        if isinstance(getattr(call, "__self__", None), ModelHandle):
+            call(*values)
+    found = read_json(report)
+    assert found["options"] | {"gating": "static", "capacity": "checkpoint", "report": str(report)} == found["options"]
+    # 48 sentences in 6 batches of 8, each filled up to 20.
+    assert found["layers"][0]["calls"] == 6
+    assert found["layers"][0]["tokens"] > 6 * 20 * 4
 
 
 def train_tiny(monkeypatch: pytest.MonkeyPatch, folder: Path, updates: int, *more: str) -> None:

@@ -22,7 +22,7 @@ HOSTS: Mapping[str, frozenset[str]] = {
     "transformers": frozenset({HF}),
 }
 
-_MIDDLE = frozenset({"options", "build"})
+_MIDDLE = frozenset({"options", "presets", "build"})
 _BELOW_TOP = BOTTOM | SIBLINGS | _MIDDLE | {"package", "environment"}
 
 MAY_IMPORT: Mapping[str, frozenset[str]] = {
@@ -33,6 +33,7 @@ MAY_IMPORT: Mapping[str, frozenset[str]] = {
     **{room: BOTTOM for room in SIBLINGS},
     "environment": frozenset({"errors"}),
     "options": BOTTOM,
+    "presets": BOTTOM | {"options"},
     "build": BOTTOM | SIBLINGS | {"options"},
     "package": frozenset({"errors", "options"}),  # fairseq_moe_opt/__init__.py: names for type checkers
     "models": _BELOW_TOP,

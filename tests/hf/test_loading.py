@@ -208,3 +208,12 @@ def test_loading_holds_the_checkpoint_once(large_folder: Path, how: str, kernel:
     size, growth = map(int, result.stdout.split())
     assert size > 2**30
     assert growth <= 1.1 * size, f"grew by {growth / size:.2f}x the checkpoint"
+
+
+def test_a_preset_is_read_first(folder: Path, tmp_path: Path) -> None:
+    preset = tmp_path / "mine.yaml"
+    preset.write_text("gating: static\n", encoding="utf-8")
+    assert from_pretrained(folder, preset=preset).moe.options.gating == "static"
+    preset.write_text("gatting: static\n", encoding="utf-8")
+    with pytest.raises(OptionError, match=r"mine\.yaml.*gatting"):
+        from_pretrained("nowhere at all", preset=preset)

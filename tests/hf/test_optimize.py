@@ -280,3 +280,13 @@ def test_optimising_twice_is_refused() -> None:
     optimize(model)
     with pytest.raises(OptionError, match=r"already optimised; call model.moe.undo\(\)"):
         optimize(model, kernel="naive")
+
+
+def test_a_preset_gives_options_and_is_overridden(tmp_path: Path) -> None:
+    preset = tmp_path / "mine.yaml"
+    preset.write_text("gating: static\ncapacity: checkpoint\n", encoding="utf-8")
+    handle = optimize(tiny_model(), preset=preset, capacity="none")
+    assert (handle.options.gating, handle.options.capacity) == ("static", "none")
+    assert optimize(tiny_model(), preset="faithful").options.capacity == "checkpoint"
+    with pytest.raises(OptionError, match=r"preset.*nothing-like-it"):
+        optimize(tiny_model(), preset="nothing-like-it")

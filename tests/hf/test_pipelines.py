@@ -231,3 +231,10 @@ class TestOwnPipeline:
 def _removed_tasks() -> dict[str, str]:
     """Empty in releases without the table."""
     return dict(getattr(pipelines, "REMOVED_TASKS", {}))
+
+
+def test_a_preset_is_an_argument_like_the_options(folder: Path) -> None:
+    pipe = hf_integration.pipeline("translation", model=str(folder), preset="static", capacity="none", **LANGUAGES)
+    assert (pipe.model.moe.options.gating, pipe.model.moe.options.capacity) == ("static", "none")
+    with pytest.raises(OptionError, match=r"preset.*faithful"):
+        hf_integration.pipeline("translation", model=str(folder), preset="none such", **LANGUAGES)
