@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +16,9 @@ from fairseq_moe_opt.moe.protocols import ExpertStore, RoutingObserver
 from fairseq_moe_opt.moe.report import LayerCounters
 from fairseq_moe_opt.moe.routing import GShardTop2Router, SoftmaxTopKRouter, Top1Router
 from fairseq_moe_opt.options import MoEOptions
+
+EXPERT_DTYPES: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "int8": torch.int8}
+"""Values of the option ``expert_dtype`` to the dtype that an expert's matrices then have."""
 
 AnyRouter = GShardTop2Router | Top1Router | SoftmaxTopKRouter
 
@@ -44,7 +47,7 @@ class LayerSpec:
 
 
 def needs_packed_experts(options: MoEOptions, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernel for such weights computes from one tensor of all experts instead of the experts' own tensors.
+    """Whether the kernel for experts of such weights computes from one tensor of them all instead of each one's own.
 
     Raises KernelError when the kernel asked for cannot run on them.
     """
@@ -64,6 +67,7 @@ def build_layer(
             "num_experts",
             f"{spec.name} routes to {spec.router.num_experts} experts but has {store.num_experts}",
         )
+    _require_expert_dtype(spec.name, options.expert_dtype, store.dtype)
     config = LayerConfig(
         activation=spec.activation,
         gating=options.gating,
@@ -74,6 +78,16 @@ def build_layer(
     )
     counters = LayerCounters(spec.name, spec.phase, spec.router.num_experts, options.profile)
     return MoELayer(gate, _router(spec.router, options), store, config, counters, observers)
+
+
+def _require_expert_dtype(layer: str, option: str, dtype: torch.dtype) -> None:
+    """Experts get their dtype where they are read; asking for another one later would have no effect."""
+    if option in EXPERT_DTYPES and EXPERT_DTYPES[option] != dtype:
+        raise OptionError(
+            "expert_dtype",
+            f"{option!r} takes effect where weights are read (hf_integration.from_pretrained, moe-opt convert), but "
+            f"the experts of {layer} are here as {str(dtype).removeprefix('torch.')}; leave it at 'checkpoint'",
+        )
 
 
 def _router(router: AnyRouter, options: MoEOptions) -> AnyRouter:

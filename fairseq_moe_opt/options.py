@@ -18,6 +18,7 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
     "gating": ("dynamic", "static"),
     "capacity": ("none", "checkpoint"),
     "kernel": ("auto", "naive", "loop", "grouped_mm"),
+    "expert_dtype": ("checkpoint", "bf16", "int8"),
 }
 
 
@@ -35,6 +36,10 @@ class MoEOptions:
 
     kernel: str = "auto"
     """what computes the experts: auto takes the fastest one here; naive, loop and grouped_mm ask for one."""
+
+    expert_dtype: str = "checkpoint"
+    """dtype of the experts in memory, all else keeps the model's: checkpoint takes them as they are stored; bf16 rounds
+    them, and they compute in it; int8 quantises their matrices as they are read, one scale an output channel."""
 
     profile: bool = False
     """time routing, dispatch, experts and combine of every layer; the times are in the report."""

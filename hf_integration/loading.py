@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,10 +20,14 @@ from transformers.models.nllb_moe.modeling_nllb_moe import (
     NllbMoeSinusoidalPositionalEmbedding,
 )
 
+from fairseq_moe_opt.build import EXPERT_DTYPES
 from fairseq_moe_opt.checkpoints import CheckpointIndex, open_index, read_tensor
+from fairseq_moe_opt.checkpoints.expert_dtypes import NOTE, is_scale
 from fairseq_moe_opt.errors import CheckpointError, NoMoELayerError, OptionError
+from fairseq_moe_opt.moe.int8_linear import Int8Linear
 from fairseq_moe_opt.options import MoEOptions
 from fairseq_moe_opt.presets import with_preset
+from hf_integration.expert_dtypes import prepare_experts, read_int8, resolve_expert_dtype
 from hf_integration.families import nllb_moe
 from hf_integration.optimize import optimize
 
@@ -47,6 +51,7 @@ def from_pretrained(
     Args:
         path_or_id: a folder with ``config.json`` and weights, or the id of a repository on the hub.
         dtype: of the weights in memory, a torch dtype or its name; None keeps what ``config.json`` says, else float32.
+            Experts may have another one: see the option ``expert_dtype``.
         device: where the model goes; None is the CPU.
         options: fields of :class:`~fairseq_moe_opt.options.MoEOptions`, and ``preset``, as for ``optimize``.
 
@@ -54,16 +59,19 @@ def from_pretrained(
     OptionError for a wrong option; options are checked before the first weight is read.
     """
     options = with_preset(options)
-    MoEOptions.from_kwargs(**options)
+    wanted = MoEOptions.from_kwargs(**options)
     folder = local_folder(path_or_id)
     config = read_config(folder)
     index = open_index(folder)
     target_dtype = _resolve_dtype(dtype, config)
+    expert_dtype = resolve_expert_dtype(wanted.expert_dtype, config, index)
     with torch.device("meta"):
         model = MODEL_CLASSES[config.model_type](config)
-    _load_weights(model, index, target_dtype, torch.device(device or "cpu"))
+    _load_weights(model, index, target_dtype, expert_dtype, torch.device(device or "cpu"))
     model.config._name_or_path = str(path_or_id)
     model.config.dtype = target_dtype
+    if expert_dtype is not None:
+        setattr(model.config, NOTE, expert_dtype)
     _load_generation_config(model, folder)
     model.eval()
     optimize(model, **options)
@@ -121,15 +129,22 @@ def _resolve_dtype(dtype: torch.dtype | str | None, config: PreTrainedConfig) ->
     return resolved
 
 
-def _load_weights(model: PreTrainedModel, index: CheckpointIndex, dtype: torch.dtype, device: torch.device) -> None:
-    """Give every parameter of a storage-less ``model`` its memory and read it there."""
+def _load_weights(
+    model: PreTrainedModel, index: CheckpointIndex, dtype: torch.dtype, expert_dtype: str | None, device: torch.device
+) -> None:
+    """Give every tensor of a storage-less ``model`` its memory and read it there."""
+    experts = prepare_experts(model, expert_dtype)
     names = _checkpoint_names(model, index)
     for name, stored in names.items():
-        module, _, leaf = name.rpartition(".")
-        record = index[stored]
-        value = torch.empty(record.shape, dtype=dtype, device=device)
-        _expect_shape(model, name, record.shape, index)
-        setattr(model.get_submodule(module), leaf, nn.Parameter(read_tensor(record, out=value)))
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        _expect_shape(index, name, index[stored].shape, getattr(module, leaf).shape)
+        if isinstance(module, Int8Linear) and leaf == "weight":
+            read_int8(module, index, stored, device)
+        else:
+            own = EXPERT_DTYPES[expert_dtype] if expert_dtype == "bf16" and path in experts else dtype
+            value = torch.empty(index[stored].shape, dtype=own, device=device)
+            setattr(module, leaf, nn.Parameter(read_tensor(index[stored], out=value)))
     model.tie_weights()
     _make_buffers(model, dtype, device)
     left = [name for name, tensor in _tensors(model) if tensor.device.type == "meta"]
@@ -143,16 +158,23 @@ def _checkpoint_names(model: PreTrainedModel, index: CheckpointIndex) -> dict[st
     names: dict[str, str] = {}
     # named_parameters gives a tied tensor once, under its first name; the checkpoint may hold it under another.
     tied = _tied_groups(model)
-    for name, _ in model.named_parameters():
+    for name in _stored_names(model):
         candidates = [alias for one in tied.get(name, (name,)) for alias in (one, one.removeprefix(prefix))]
         found = next((alias for alias in candidates if alias in index), None)
         if found is None:
             raise CheckpointError(index.path, f"lacks the tensor {name!r}")
         names[name] = found
-    unused = set(index) - set(names.values()) - {alias for group in tied.values() for alias in group}
+    used = set(names.values()) | {alias for group in tied.values() for alias in group}
+    unused = {name for name in set(index) - used if not is_scale(index, name)}
     if unused:
         logger.info("%s: %d tensors are not used, such as %s", index.path, len(unused), min(unused))
     return names
+
+
+def _stored_names(model: PreTrainedModel) -> Iterator[str]:
+    """What a checkpoint has to hold: every parameter, and the weights of int8 layers."""
+    yield from (name for name, _ in model.named_parameters())
+    yield from (f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Int8Linear))
 
 
 def _tied_groups(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
@@ -163,10 +185,9 @@ def _tied_groups(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
     return {names[0]: tuple(names) for names in by_id.values() if len(names) > 1}
 
 
-def _expect_shape(model: PreTrainedModel, name: str, shape: Iterable[int], index: CheckpointIndex) -> None:
-    wanted = tuple(model.get_parameter(name).shape)
-    if tuple(shape) != wanted:
-        raise CheckpointError(index.path, f"tensor {name!r} has shape {tuple(shape)}, config.json asks for {wanted}")
+def _expect_shape(index: CheckpointIndex, name: str, shape: tuple[int, ...], wanted: Iterable[int]) -> None:
+    if shape != tuple(wanted):
+        raise CheckpointError(index.path, f"tensor {name!r} has shape {shape}, config.json asks for {tuple(wanted)}")
 
 
 def _make_buffers(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> None:

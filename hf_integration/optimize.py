@@ -14,6 +14,7 @@ from fairseq_moe_opt.errors import OptionError
 from fairseq_moe_opt.moe.report import Report, peak_memory, tokens_by_phase, write_report
 from fairseq_moe_opt.options import MoEOptions
 from fairseq_moe_opt.presets import with_preset
+from hf_integration.expert_dtypes import require_scales
 from hf_integration.families import family_of
 from hf_integration.patching import Installed
 
@@ -96,12 +97,15 @@ def optimize(model: nn.Module, **options: Any) -> Handle:
     dict, parameter objects and module names stay; ``handle.undo()`` takes everything back.
 
     Raises NoMoELayerError when no known layer is found, OptionError for a wrong option or a model that already is
-    optimised, KernelError when the kernel asked for cannot run on the model's device and dtype.
+    optimised, KernelError when the kernel asked for cannot run on the model's device and dtype, CheckpointError for
+    int8 experts that were not loaded by :func:`~hf_integration.from_pretrained`.
     """
     wanted = MoEOptions.from_kwargs(**with_preset(options))
     if isinstance(getattr(model, "moe", None), Handle):
         raise OptionError("model", "this model is already optimised; call model.moe.undo() first to change options")
-    installed = family_of(model).install(model, wanted)
+    family = family_of(model)
+    require_scales(model)
+    installed = family.install(model, wanted)
     handle = Handle(model, installed, wanted)
     if isinstance(model, GenerationMixin):
         installed.patches.set_attribute(model, "generate", _Generate(model, handle))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from fairseq_moe_opt.moe.kernels import available_kernels
+from hf_integration.families import family_of
 from hf_integration.optimize import Handle, optimize
 from hf_integration.text import language_codes, source_limit
 from hf_integration.translate import pad_rows
@@ -74,7 +75,7 @@ def compare(
     ``stock`` adds the host's own layers. The model comes back as it was given: optimised the same way, or not.
     """
     before = model.moe.options if isinstance(getattr(model, "moe", None), Handle) else None
-    weight = next(model.parameters())
+    weight = expert_weight(model)
     ways: dict[str, dict[str, str] | None] = {STATIC: {"gating": "static"}}
     ways |= {name: {"kernel": name} for name in available_kernels(weight.device, weight.dtype) if name != REFERENCE}
     if stock:
@@ -90,6 +91,12 @@ def compare(
         _undo(model)
         if before is not None:
             optimize(model, **before.to_dict())
+
+
+def expert_weight(model: PreTrainedModel) -> Tensor:
+    """The first matrix of the first expert, whose dtype says which kernels can run."""
+    _, layer = next(family_of(model).expert_linears(model))
+    return cast(Tensor, layer.weight)
 
 
 def text_batches(

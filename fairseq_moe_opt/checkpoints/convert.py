@@ -16,6 +16,7 @@ from typing import final
 import torch
 
 from fairseq_moe_opt.checkpoints import fairseq
+from fairseq_moe_opt.checkpoints.expert_dtypes import require_float_experts, with_expert_dtype, write_note
 from fairseq_moe_opt.checkpoints.fairseq_texts import write_texts
 from fairseq_moe_opt.checkpoints.legacy import legacy_files, rewrite_as_zip
 from fairseq_moe_opt.checkpoints.opening import open_index
@@ -64,6 +65,7 @@ def convert(
     spm: Given = None,
     dictionary: Given = None,
     src_lang: str | None = None,
+    expert_dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Conversion:
     """Writes ``src`` as a Transformers folder ``dst`` (``to="hf"``) or as fairseq's ``dst`` = ``x.pt`` (``"fairseq"``).
@@ -71,26 +73,31 @@ def convert(
     As a folder: safetensors of at most ``shard_bytes`` each. A fairseq checkpoint becomes an NLLB-MoE folder, with a
     tokenizer when a SentencePiece model and a dictionary are given as ``spm`` and ``dictionary`` or stand beside it
     (``spm.model``, ``dict.txt``); ``src_lang`` is the tokenizer's first source language. A Hugging Face folder
-    (``pytorch_model*.bin``, zip or old format, or safetensors) keeps its names and other files.
+    (``pytorch_model*.bin``, zip or old format, or safetensors) keeps its names and other files. ``expert_dtype``
+    ``bf16`` or ``int8`` is of the experts alone (see :mod:`.expert_dtypes`).
 
     For fairseq: one file, or with ``ranks`` N the shared file and N rank files that share the experts evenly, from a
     Transformers NLLB-MoE folder or from any fairseq checkpoint (merged, or spread anew). ``dict.txt`` and
     ``spm.model`` go along.
 
     ``dtype`` None keeps each tensor's own. Memory holds one tensor at a time. Raises OptionError for an unknown ``to``
-    or ``dtype``, for ``ranks`` that do not divide the experts and for an option that would have no effect;
-    CheckpointError for a source that cannot be read or expressed and for a destination that holds something already.
+    or dtype, for ``ranks`` that do not divide the experts and for an option that would have no effect;
+    CheckpointError for a source that cannot be read or expressed, for experts that cannot change their dtype, and for a
+    destination that holds something already.
     """
     source, target = Path(src), Path(dst)
     wanted = _dtype_of(dtype)
     if to == "hf":
         if ranks is not None:
             raise OptionError("ranks", "only fairseq has rank files: to='fairseq'")
-        return _to_hf(source, target, wanted, dtype, (spm, dictionary, src_lang), shard_bytes)
+        texts = (spm, dictionary, src_lang)
+        return _to_hf(source, target, dtype, texts, expert_dtype=expert_dtype, shard_bytes=shard_bytes)
     if to != "fairseq":
         raise OptionError("to", f"{to!r} is not a format to convert to; there are: {', '.join(map(repr, FORMATS))}")
     if src_lang is not None:
         raise OptionError("src_lang", "only a Transformers tokenizer starts with a source language: to='hf'")
+    if expert_dtype is not None:
+        raise OptionError("expert_dtype", "only a Transformers folder has experts of another dtype: to='hf'")
     return _to_fairseq(source, target, wanted, ranks or 0, (spm, dictionary))
 
 
@@ -105,11 +112,13 @@ def _dtype_of(name: str | None) -> torch.dtype | None:
 def _to_hf(
     source: Path,
     target: Path,
-    wanted: torch.dtype | None,
     dtype: str | None,
     texts: tuple[Given, Given, str | None],
+    *,
+    expert_dtype: str | None,
     shard_bytes: int,
 ) -> Conversion:
+    wanted = _dtype_of(dtype)
     _require_free_folder(target)
     with _readable(source, target.absolute().parent) as readable, staged_folder(target) as folder:
         index = open_index(readable)
@@ -119,7 +128,8 @@ def _to_hf(
         else:
             outputs = hf_outputs(index, wanted)
             kind = copy_companions(source, folder, dtype)
-        files = write_safetensors(folder, outputs, shard_bytes)
+        outputs = with_expert_dtype(outputs, expert_dtype, index)
+        files = write_safetensors(folder, outputs, shard_bytes, write_note(folder, outputs, expert_dtype, dtype))
     return Conversion(
         target,
         tuple(target / file.name for file in files),
@@ -136,6 +146,7 @@ def _to_fairseq(
     folder = target.absolute().parent
     with _readable(source, staging_place(folder)) as readable:
         index = open_index(readable)
+        require_float_experts(index)
         read = from_fairseq if index.format == fairseq.FORMAT else from_hf
         checkpoint = read(index, source, wanted, *texts)
         if ranks:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fairseq_moe_opt.checkpoints import fairseq, fairseq_buffers
+from fairseq_moe_opt.checkpoints.expert_dtypes import is_scale
 from fairseq_moe_opt.checkpoints.fairseq_task import CONFIG_KEY, task_for_config
 from fairseq_moe_opt.checkpoints.keymaps import TIED, hf_config, hf_generation_config, hf_names
 from fairseq_moe_opt.checkpoints.records import CheckpointIndex, TensorRecord, equal_tensors
@@ -91,7 +92,10 @@ def hf_outputs(index: CheckpointIndex, wanted: torch.dtype | None) -> list[Outpu
         for name, record in index.items()
         if name.endswith("shared.weight") or _place(record) not in shared
     ]
-    return [Output(name, record, float_dtype(record, wanted)) for name, record in kept]
+    return [
+        Output(name, record, record.dtype if is_scale(index, name) else float_dtype(record, wanted))
+        for name, record in kept
+    ]
 
 
 def _place(record: TensorRecord) -> tuple[object, ...]:

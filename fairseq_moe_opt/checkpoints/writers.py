@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import enum
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,24 +15,47 @@ import torch
 from fairseq_moe_opt.checkpoints.records import TensorRecord, read_tensor
 from fairseq_moe_opt.checkpoints.safetensors import DTYPES, INDEX_NAME, SINGLE_NAME
 from fairseq_moe_opt.errors import CheckpointError
+from fairseq_moe_opt.moe.quantization import quantize_rows
 
 SHARD_BYTES = 4_000_000_000
 _CODES: Mapping[torch.dtype, str] = {dtype: code for code, dtype in DTYPES.items()}
 
 
+class Part(enum.Enum):
+    """What of a tensor is written: all of it, or, of a matrix to quantise, its int8 codes or its scales."""
+
+    WHOLE = enum.auto()
+    CODES = enum.auto()
+    SCALE = enum.auto()
+
+
 @final
 @dataclass(frozen=True)
 class Output:
-    """One tensor to write: its new name, where to read it, and the dtype to store."""
+    """One tensor to write: its new name, where to read it, the dtype to store, and what of it."""
 
     name: str
     record: TensorRecord
     dtype: torch.dtype
+    part: Part = Part.WHOLE
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """In the file."""
+        return self.record.shape[:1] if self.part is Part.SCALE else self.record.shape
 
     @property
     def nbytes(self) -> int:
         """Bytes in the file."""
-        return self.record.numel * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self) -> torch.Tensor:
+        """The contiguous tensor to write."""
+        tensor = read_tensor(self.record)
+        if self.part is Part.WHOLE:
+            return tensor.to(self.dtype).contiguous()
+        codes, scale = quantize_rows(tensor)
+        return codes if self.part is Part.CODES else scale
 
 
 def float_dtype(record: TensorRecord, wanted: torch.dtype | None) -> torch.dtype:
@@ -38,17 +63,26 @@ def float_dtype(record: TensorRecord, wanted: torch.dtype | None) -> torch.dtype
     return wanted if wanted is not None and record.dtype.is_floating_point else record.dtype
 
 
-def write_safetensors(folder: Path, outputs: Sequence[Output], shard_bytes: int = SHARD_BYTES) -> list[Path]:
-    """Writes ``outputs`` into ``folder`` as Transformers names them: one file, or shards with an index."""
+def write_safetensors(
+    folder: Path,
+    outputs: Sequence[Output],
+    shard_bytes: int = SHARD_BYTES,
+    metadata: Mapping[str, str] | None = None,
+) -> list[Path]:
+    """Writes ``outputs`` into ``folder`` as Transformers names them: one file, or shards with an index.
+
+    ``metadata`` goes into every file's header.
+    """
     shards = plan_shards(outputs, shard_bytes)
+    metadata = {"format": "pt", **(metadata or {})}
     if len(shards) == 1:
-        _write_file(folder / SINGLE_NAME, shards[0])
+        _write_file(folder / SINGLE_NAME, shards[0], metadata)
         return [folder / SINGLE_NAME]
     weight_map: dict[str, str] = {}
     paths = []
     for number, shard in enumerate(shards, start=1):
         path = folder / f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_file(path, shard)
+        _write_file(path, shard, metadata)
         weight_map.update({output.name: path.name for output in shard})
         paths.append(path)
     index = {"metadata": {"total_size": sum(o.nbytes for o in outputs)}, "weight_map": weight_map}
@@ -74,24 +108,23 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _write_file(path: Path, outputs: Sequence[Output]) -> None:
+def _write_file(path: Path, outputs: Sequence[Output], metadata: Mapping[str, str]) -> None:
     """One safetensors file: header length, header padded to 8 bytes, then the tensors without gaps."""
     with path.open("wb") as stream:
-        header = _header(path, outputs)
+        header = _header(path, outputs, metadata)
         stream.write(len(header).to_bytes(8, "little") + header)
         for output in outputs:
-            tensor = read_tensor(output.record).to(output.dtype).contiguous()
-            stream.write(bytes_of(tensor))
+            stream.write(bytes_of(output.read()))
 
 
-def _header(path: Path, outputs: Sequence[Output]) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def _header(path: Path, outputs: Sequence[Output], metadata: Mapping[str, str]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     begin = 0
     for output in outputs:
         if output.dtype not in _CODES:
             raise CheckpointError(path, f"safetensors cannot store {output.name!r} as {output.dtype}")
         end = begin + output.nbytes
-        shape = list(output.record.shape)
+        shape = list(output.shape)
         entries[output.name] = {"dtype": _CODES[output.dtype], "shape": shape, "data_offsets": [begin, end]}
         begin = end
     text = json.dumps(entries, separators=(",", ":")).encode("utf-8")

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 import fairseq_moe_opt
-from fairseq_moe_opt.cli.flags import Dtype, with_moe_flags
+from fairseq_moe_opt.cli.flags import Dtype, ExpertDtype, with_moe_flags
 from fairseq_moe_opt.errors import MoEError
 from fairseq_moe_opt.options import MoEOptions
 
@@ -145,6 +145,9 @@ def convert(
         ),
     ] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="dtype to store; each tensor's own if not given")] = None,
+    expert_dtype: Annotated[
+        ExpertDtype | None, typer.Option(help="dtype to store the experts in, where it is to be another")
+    ] = None,
     spm: Annotated[
         Path | None,
         typer.Option(help="SentencePiece model; default: spm.model (or sentencepiece.bpe.model) beside the checkpoint"),
@@ -179,6 +182,7 @@ def convert(
             spm=spm,
             dictionary=dictionary,
             src_lang=src_lang,
+            expert_dtype=None if expert_dtype is None else expert_dtype.value,
         )
     files = f"{len(done.files)} file{'s' if len(done.files) > 1 else ''}"
     kind = "tokenizer" if to == "hf" else "texts"

@@ -28,6 +28,13 @@ class Dtype(str, enum.Enum):
     FLOAT16 = "float16"
 
 
+class ExpertDtype(str, enum.Enum):
+    """Dtypes that experts alone can be stored in."""
+
+    BF16 = "bf16"
+    INT8 = "int8"
+
+
 def with_moe_flags(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command a flag for each of the options ``names`` (none: all of them, and ``--moe-preset``).
 

@@ -29,6 +29,9 @@ _TOP_K: Mapping[str, int] = {"nllb-moe": 2, "switch_transformers": 1}
 # One tensor an expert (NLLB-MoE, Switch, fairseq, Mixtral on disk), or all experts of a layer in one.
 _EXPERT = re.compile(r"(?P<layer>.*)\.experts\.(?:expert_)?(?P<expert>\d+)\..+")
 _STACKED = re.compile(r"(?P<layer>.*)\.experts\.(?:gate_up_proj|down_proj)(?:_bias)?")
+_SCALE = ".weight_scale"
+"""Ends the names of int8 weights' scales, which are bytes but no parameters."""
+
 _NUMBER = re.compile(r"\.(\d+)\.")
 
 
@@ -62,6 +65,7 @@ class CheckpointInfo:
         layers: the Mixture-of-Experts layers.
         top_k: experts a token goes to; None when unknown or without such layers.
         one_expert_bytes: of the largest expert.
+        expert_dtypes: bytes of expert weights by dtype.
         dtypes: bytes by dtype.
         files: bytes by file name.
         fits: for all weights at other dtypes than stored, too.
@@ -76,6 +80,7 @@ class CheckpointInfo:
     dense_bytes: int
     expert_bytes: int
     one_expert_bytes: int
+    expert_dtypes: dict[str, int]
     dtypes: dict[str, int]
     files: dict[str, int]
     fits: tuple[Fit, ...]
@@ -95,11 +100,7 @@ def summarize(index: CheckpointIndex, config: Mapping[str, Any], memory: int | N
     layers = _moe_layers(records)
     expert_bytes = sum(layer.nbytes for layer in layers)
     total = sum(record.nbytes for record in records)
-    parameters = sum(record.numel for record in records)
-    dtypes: dict[str, int] = {}
-    for record in records:
-        name = str(record.dtype).removeprefix("torch.")
-        dtypes[name] = dtypes.get(name, 0) + record.nbytes
+    parameters = _parameters(records)
     return CheckpointInfo(
         path=str(index.path),
         format=index.format,
@@ -110,10 +111,27 @@ def summarize(index: CheckpointIndex, config: Mapping[str, Any], memory: int | N
         dense_bytes=total - expert_bytes,
         expert_bytes=expert_bytes,
         one_expert_bytes=max((layer.nbytes // layer.num_experts for layer in layers), default=0),
-        dtypes=dtypes,
+        expert_dtypes=_bytes_by_dtype(record for record in records if _is_expert(record.name)),
+        dtypes=_bytes_by_dtype(records),
         files={file.name: file.stat().st_size for file in index.files},
         fits=what_fits(parameters, memory),
     )
+
+
+def _is_expert(name: str) -> bool:
+    return _EXPERT.fullmatch(name) is not None or _STACKED.fullmatch(name) is not None
+
+
+def _parameters(records: Iterable[TensorRecord]) -> int:
+    return sum(record.numel for record in records if not record.name.endswith(_SCALE))
+
+
+def _bytes_by_dtype(records: Iterable[TensorRecord]) -> dict[str, int]:
+    dtypes: dict[str, int] = {}
+    for record in records:
+        name = str(record.dtype).removeprefix("torch.")
+        dtypes[name] = dtypes.get(name, 0) + record.nbytes
+    return dtypes
 
 
 def what_fits(parameters: int, memory: int | None) -> tuple[Fit, ...]:
@@ -191,9 +209,15 @@ def _facts(info: CheckpointInfo) -> Iterable[tuple[str, str]]:
     yield "dense weights", f"{readable(info.dense_bytes)} ({info.dense_bytes / total:.0%})"
     if info.layers:
         yield "expert weights", f"{readable(info.expert_bytes)} ({info.expert_bytes / total:.0%})"
+        if len(info.dtypes) > 1:
+            yield "their dtype", _sizes(info.expert_dtypes)
         yield "one expert", readable(info.one_expert_bytes)
-    yield "dtype", ", ".join(f"{name} ({readable(size)})" for name, size in info.dtypes.items())
-    yield "files", ", ".join(f"{name} ({readable(size)})" for name, size in info.files.items())
+    yield "dtype", _sizes(info.dtypes)
+    yield "files", _sizes(info.files)
+
+
+def _sizes(sizes: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} ({readable(size)})" for name, size in sizes.items())
 
 
 def _phases(info: CheckpointInfo) -> Iterable[str]:
@@ -216,7 +240,7 @@ def _moe_layers(records: Iterable[TensorRecord]) -> tuple[MoELayerInfo, ...]:
             number=int(found[1]) if (found := _NUMBER.search(f"{name}.")) else None,
             num_experts=max(count for count, _ in members),
             nbytes=sum(record.nbytes for _, record in members),
-            parameters=sum(record.numel for _, record in members),
+            parameters=_parameters(record for _, record in members),
         )
         for name, members in groups.items()
     ]

@@ -41,7 +41,7 @@ def run_verification(request: Verification) -> Verified:
     lines = None if request.text is None else _read(request.text)
     from hf_integration import from_pretrained
     from hf_integration.translate import choose_device, quiet_host
-    from hf_integration.verify import REFERENCE, STOCK, compare
+    from hf_integration.verify import REFERENCE, STOCK, compare, expert_weight
 
     quiet_host()
     device = choose_device(request.device)
@@ -51,7 +51,9 @@ def run_verification(request: Verification) -> Verified:
     with status("computing"):
         found = compare(model, batches, capacity=request.capacity, stock=request.stock)
     counted = tuple(one for one in found if one.name != STOCK)
-    return Verified(f"{description}, {request.dtype} on {device}", tuple(found), counted)
+    experts = str(expert_weight(model).dtype).removeprefix("torch.")
+    dtypes = request.dtype if experts == request.dtype else f"{request.dtype} with {experts} experts"
+    return Verified(f"{description}, {dtypes} on {device}", tuple(found), counted)
 
 
 def _read(name: str) -> list[str]:

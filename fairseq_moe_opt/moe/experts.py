@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fairseq_moe_opt.errors import OptionError
+from fairseq_moe_opt.moe.quantization import dequantize
 from fairseq_moe_opt.moe.types import ACTIVATIONS, ExpertWave, ExpertWeights, PackedExperts
 
 _ACTIVATE: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -29,6 +30,11 @@ def check_activation(name: str) -> str:
 def activate(name: str, hidden: Tensor) -> Tensor:
     """Apply activation ``name`` to ``hidden`` of any shape."""
     return _ACTIVATE[name](hidden)
+
+
+def compute_dtype(experts: torch.dtype, rows: torch.dtype) -> torch.dtype:
+    """What experts with matrices of dtype ``experts`` compute rows of another dtype in: their own, unless int8."""
+    return experts if experts.is_floating_point else rows
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,13 @@ NO_DROPOUT = ExpertDropout()
 
 
 def expert_ffn(rows: Tensor, expert: ExpertWeights, activation: str, dropout: ExpertDropout = NO_DROPOUT) -> Tensor:
-    """``fc2(act(fc1 x))`` of (r, D) rows, gated when the expert has a gate matrix. Differentiable."""
+    """``fc2(act(fc1 x))`` of (r, D) rows, gated when the expert has a gate matrix. Differentiable.
+
+    An int8 expert is computed from the floats of the rows' dtype that it stands for: gradients flow through its
+    matrices, never into them.
+    """
+    if expert.is_quantized:
+        expert = dequantize(expert, rows.dtype)
     hidden = functional.linear(rows, expert.fc1_weight, expert.fc1_bias)
     if expert.gate_weight is None:
         hidden = activate(activation, hidden)
@@ -81,6 +93,11 @@ class ResidentExperts:
         return self._num_experts
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the first expert's matrices, which is that of all."""
+        return self._load(0).fc1_weight.dtype
+
+    @property
     def trainable(self) -> bool:
         """Whether any weight of any expert takes gradients."""
         experts = (self._load(expert) for expert in range(self._num_experts))
@@ -106,6 +123,11 @@ class ResidentPackedExperts:
     def packed(self) -> PackedExperts:
         """The stack itself."""
         return self._packed
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the matrices."""
+        return self._packed.fc1_weight.dtype
 
     @property
     def trainable(self) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fairseq_moe_opt.moe import dispatch as dispatching
-from fairseq_moe_opt.moe.experts import NO_DROPOUT, ExpertDropout, check_activation, expert_ffn
+from fairseq_moe_opt.moe.experts import NO_DROPOUT, ExpertDropout, check_activation, compute_dtype, expert_ffn
 from fairseq_moe_opt.moe.kernels import choose_kernel, get_kernel
 from fairseq_moe_opt.moe.protocols import ExpertKernel, ExpertStore, Router, RoutingObserver
 from fairseq_moe_opt.moe.report import LayerCounters
@@ -123,11 +123,11 @@ class MoELayer:
         compute: Callable[[Tensor, tuple[Segment, ...]], Tensor],
     ) -> Tensor:
         with self.counters.timed("dispatch", tokens.device):
-            rows = dispatching.gather(tokens, plan)
+            rows = dispatching.gather(tokens.to(compute_dtype(self.store.dtype, tokens.dtype)), plan)
         with self.counters.timed("experts", tokens.device):
             results = compute(rows, dispatching.segments(plan))
         with self.counters.timed("combine", tokens.device):
-            return dispatching.combine(results, plan, routing.weight)
+            return dispatching.combine(results.to(tokens.dtype), plan, routing.weight)
 
     def _experts(self, rows: Tensor, segments: tuple[Segment, ...]) -> Tensor:
         """(R, D) sorted rows to (R + 1, D) results; the last row is zero, for choices that are not computed."""
@@ -158,7 +158,7 @@ class MoELayer:
         return torch.is_grad_enabled() and (tokens.requires_grad or self.store.trainable)
 
     def _kernel(self, rows: Tensor) -> ExpertKernel:
-        key = (rows.device, rows.dtype)
+        key = (rows.device, self.store.dtype)
         if key not in self._kernels:
             self._kernels[key] = choose_kernel(self.config.kernel, *key).name
         return get_kernel(self._kernels[key])

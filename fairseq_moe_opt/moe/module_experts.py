@@ -6,11 +6,13 @@ import ctypes
 import mmap
 import sys
 from collections.abc import Iterator, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fairseq_moe_opt.errors import NoMoELayerError
+from fairseq_moe_opt.moe.int8_linear import Int8Linear
 from fairseq_moe_opt.moe.types import ExpertWave, ExpertWeights, PackedExperts
 
 _MADV_PAGEOUT = 21
@@ -24,13 +26,16 @@ class ModuleExperts:
         pairs: (fc1, fc2) of every expert, in order.
     """
 
+    layer_class: ClassVar[type[nn.Module]] = nn.Linear
+    """What an expert's layers have to be."""
+
     def __init__(self, pairs: Sequence[tuple[nn.Module, nn.Module]]) -> None:
         for fc1, fc2 in pairs:
             for module in (fc1, fc2):
-                if not isinstance(module, nn.Linear):
+                if not isinstance(module, self.layer_class):
                     raise NoMoELayerError(
-                        f"an expert's layer is a {type(module).__name__}, not torch.nn.Linear; "
-                        "quantised or adapted experts are not supported: load the model without them"
+                        f"an expert's layer is a {type(module).__name__}, not {self.layer_class.__name__}; "
+                        "adapted experts, and those quantised by others, are not supported: load the model without"
                     )
         self.pairs = tuple(pairs)
 
@@ -38,6 +43,11 @@ class ModuleExperts:
     def num_experts(self) -> int:
         """E."""
         return len(self.pairs)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the first expert's matrices, which is that of all."""
+        return self.weights(0).fc1_weight.dtype
 
     @property
     def trainable(self) -> bool:
@@ -61,6 +71,25 @@ class ModuleExperts:
     def waves(self, needed: Sequence[int]) -> Iterator[ExpertWave]:
         """One wave with everything asked for."""
         yield ExpertWave(tuple(needed), tuple(self.weights(expert) for expert in needed))
+
+
+class Int8ModuleExperts(ModuleExperts):
+    """The same over pairs of :class:`~fairseq_moe_opt.moe.int8_linear.Int8Linear`."""
+
+    layer_class = Int8Linear
+
+    def weights(self, expert: int) -> ExpertWeights:
+        """The parameters and buffers themselves."""
+        fc1, fc2 = self.pairs[expert]
+        first, second = fc1._buffers, fc2._buffers
+        return ExpertWeights(
+            first["weight"],  # type: ignore[arg-type]
+            fc1._parameters["bias"],
+            second["weight"],  # type: ignore[arg-type]
+            fc2._parameters["bias"],
+            fc1_scale=first["weight_scale"],
+            fc2_scale=second["weight_scale"],
+        )
 
 
 class PackedModuleExperts(ModuleExperts):

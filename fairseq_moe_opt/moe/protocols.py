@@ -43,6 +43,10 @@ class ExpertStore(Protocol):
         """E."""
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the experts' matrices: a floating-point one, or int8."""
+
+    @property
     def trainable(self) -> bool:
         """Whether any weight takes gradients."""
 
@@ -62,7 +66,7 @@ class ExpertKernel(Protocol):
         """Whether it computes from ``ExpertWave.packed`` instead of the experts' own tensors."""
 
     def refusal(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """Why it cannot run on such tensors, or None if it can."""
+        """Why it cannot run on experts with matrices of ``dtype`` (a floating-point one, or int8); None if it can."""
 
     def run(self, rows: Tensor, segments: Sequence[Segment], wave: ExpertWave, activation: str, out: Tensor) -> None:
         """Write ``expert(rows[segment])`` into ``out[segment]`` for every segment; both are (R, D)."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fairseq_moe_opt.moe.experts import NO_DROPOUT, ExpertDropout, expert_ffn
+from fairseq_moe_opt.moe.experts import NO_DROPOUT, ExpertDropout, compute_dtype, expert_ffn
 from fairseq_moe_opt.moe.protocols import ExpertStore
 from fairseq_moe_opt.moe.types import Routing
 
@@ -51,9 +51,10 @@ def static_moe(
     combine = combine_weights(routing, capacity).to(tokens.dtype)
     dispatch = combine.bool().permute(1, 2, 0).reshape(routing.num_experts * capacity, num_tokens)
     buffers = torch.mm(dispatch.to(tokens.dtype), tokens).view(routing.num_experts, capacity, width)
+    buffers = buffers.to(compute_dtype(store.dtype, tokens.dtype))
     outputs: dict[int, Tensor] = {}
     for wave in store.waves(range(routing.num_experts)):
         for expert, weights in zip(wave.experts, wave.weights, strict=True):
             outputs[expert] = expert_ffn(buffers[expert], weights, activation, dropout)
-    stacked = torch.cat([outputs[expert] for expert in range(routing.num_experts)])
+    stacked = torch.cat([outputs[expert] for expert in range(routing.num_experts)]).to(tokens.dtype)
     return torch.mm(combine.reshape(num_tokens, routing.num_experts * capacity), stacked)

@@ -90,6 +90,10 @@ class ExpertWeights:
         fc1_weight: (F, D); fc1_bias: (F,) or None.
         fc2_weight: (D, F); fc2_bias: (D,) or None.
         gate_weight: (F, D) or None.
+        fc1_scale: (F,) float32 when ``fc1_weight`` is int8, whose row ``i`` then stands for itself times
+            ``fc1_scale[i]``; else None. fc2_scale: (D,), gate_scale: (F,), the same.
+
+    All matrices are int8, or none; biases never are.
     """
 
     fc1_weight: Tensor
@@ -97,21 +101,64 @@ class ExpertWeights:
     fc2_weight: Tensor
     fc2_bias: Tensor | None
     gate_weight: Tensor | None = None
+    fc1_scale: Tensor | None = None
+    fc2_scale: Tensor | None = None
+    gate_scale: Tensor | None = None
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the matrices are int8."""
+        return self.fc1_scale is not None
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The tensors that are there, in field order."""
-        fields = (self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias, self.gate_weight)
-        return tuple(tensor for tensor in fields if tensor is not None)
+        weights = (self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias, self.gate_weight)
+        scales = (self.fc1_scale, self.fc2_scale, self.gate_scale)
+        return tuple(tensor for tensor in (*weights, *scales) if tensor is not None)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
 
+    @classmethod
+    def empty(
+        cls,
+        model_width: int,
+        ffn_width: int,
+        *,
+        dtype: torch.dtype,
+        bias_dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        bias: bool = True,
+        gated: bool = False,
+    ) -> ExpertWeights:
+        """Uninitialised storage for one expert of D ``model_width`` and F ``ffn_width``.
+
+        With int8 as ``dtype`` it has scales, and biases of ``bias_dtype`` (float32 if not given); otherwise biases are
+        of ``dtype`` unless ``bias_dtype`` says so.
+        """
+        quantized = dtype == torch.int8
+        float_dtype = bias_dtype or (torch.float32 if quantized else dtype)
+
+        def vector(width: int, wanted: bool, kind: torch.dtype) -> Tensor | None:
+            return torch.empty(width, dtype=kind, device=device) if wanted else None
+
+        return cls(
+            torch.empty(ffn_width, model_width, dtype=dtype, device=device),
+            vector(ffn_width, bias, float_dtype),
+            torch.empty(model_width, ffn_width, dtype=dtype, device=device),
+            vector(model_width, bias, float_dtype),
+            torch.empty(ffn_width, model_width, dtype=dtype, device=device) if gated else None,
+            vector(ffn_width, quantized, torch.float32),
+            vector(model_width, quantized, torch.float32),
+            vector(ffn_width, quantized and gated, torch.float32),
+        )
+
 
 @dataclass(frozen=True)
 class PackedExperts:
-    """All experts of a layer in one tensor a matrix; expert ``e`` is row ``e`` of each.
+    """All experts of a layer in one floating-point tensor a matrix; expert ``e`` is row ``e`` of each.
 
     Attributes:
         fc1_weight: (E, F, D); fc1_bias: (E, F) or None.

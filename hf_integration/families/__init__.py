@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Protocol
 
 from torch import nn
@@ -19,6 +20,9 @@ class Family(Protocol):
 
     def matches(self, model: nn.Module) -> bool:
         """Whether ``model`` has layers of this family."""
+
+    def expert_linears(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        """Name and module of every linear layer of every expert."""
 
     def install(self, model: nn.Module, options: MoEOptions) -> Installed:
         """Put the engine's layers in place of the model's own."""

@@ -21,7 +21,8 @@ from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeSparseMLP, Nll
 
 from fairseq_moe_opt.build import LayerSpec, build_layer, needs_packed_experts
 from fairseq_moe_opt.moe import CapacityRule, GShardTop2Router, MoELayer
-from fairseq_moe_opt.moe.module_experts import ModuleExperts, PackedModuleExperts
+from fairseq_moe_opt.moe.int8_linear import Int8Linear
+from fairseq_moe_opt.moe.module_experts import Int8ModuleExperts, ModuleExperts, PackedModuleExperts
 from fairseq_moe_opt.options import MoEOptions
 from hf_integration.patching import Installed, Patches
 
@@ -53,6 +54,14 @@ def install(model: nn.Module, options: MoEOptions) -> Installed:
     return Installed(NAME, tuple(layers), patches, expert_bytes)
 
 
+def expert_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Name and module of every expert's ``fc1`` and ``fc2``, in the model's order."""
+    for name, block in _blocks(model):
+        for index, expert in enumerate(_experts(block)):
+            for layer in ("fc1", "fc2"):
+                yield f"{name}.experts.expert_{index}.{layer}", getattr(expert, layer)
+
+
 def layer_spec(name: str, config: NllbMoeConfig) -> LayerSpec:
     """What ``config`` says of the sparse layer ``name``."""
     router = GShardTop2Router(
@@ -74,13 +83,16 @@ def _blocks(model: nn.Module) -> Iterator[tuple[str, NllbMoeSparseMLP]]:
             yield name, module
 
 
-def _expert_store(block: NllbMoeSparseMLP, options: MoEOptions, patches: Patches) -> ModuleExperts:
+def _experts(block: NllbMoeSparseMLP) -> list[Any]:
     # By name: Transformers 5 keeps other modules (token_dropout) in the same ModuleDict.
-    experts = [block.experts[f"expert_{index}"] for index in range(block.num_experts)]
-    pairs = [(expert.fc1, expert.fc2) for expert in experts]
-    weight = experts[0].fc1.weight
+    return [block.experts[f"expert_{index}"] for index in range(block.num_experts)]
+
+
+def _expert_store(block: NllbMoeSparseMLP, options: MoEOptions, patches: Patches) -> ModuleExperts:
+    pairs = [(expert.fc1, expert.fc2) for expert in _experts(block)]
+    weight = pairs[0][0].weight
     if not needs_packed_experts(options, weight.device, weight.dtype):
-        return ModuleExperts(pairs)
+        return Int8ModuleExperts(pairs) if isinstance(pairs[0][0], Int8Linear) else ModuleExperts(pairs)
     packed = PackedModuleExperts(pairs)
     patches.on_undo(packed.unpack)
     return packed

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from fairseq_moe_opt.moe import GShardTop2Router, PackedExperts, available_kernels
-from hf_integration import optimize
-from tests.helpers.layers import layer_of, random_experts
+from hf_integration import from_pretrained, optimize
+from tests.helpers.layers import int8_expert, int8_layer, layer_of, moved_expert, random_experts
 from tests.helpers.nllb import batch, logits, tiny_model
 
 pytestmark = pytest.mark.gpu
@@ -30,6 +32,29 @@ def test_kernels_agree_with_naive(device: torch.device, dtype: torch.dtype) -> N
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2
     for result in results.values():
         torch.testing.assert_close(result, results["naive"], rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("gating", ["dynamic", "static"])
+def test_int8_experts_agree_with_naive(device: torch.device, dtype: torch.dtype, gating: str) -> None:
+    torch.manual_seed(0)
+    experts = [moved_expert(int8_expert(32, 64, dtype=dtype), device) for _ in range(6)]
+    tokens = torch.randn(50, 32, device=device, dtype=dtype)
+    assert available_kernels(device, torch.int8) == ("naive", "loop")
+    with torch.inference_mode():
+        expected = int8_layer(experts, kernel="naive")(tokens).output
+        actual = int8_layer(experts, gating=gating)(tokens).output
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
+
+
+def test_an_int8_model_on_the_gpu_equals_itself_on_the_cpu(device: torch.device, tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    inputs = batch()
+    expected = logits(from_pretrained(tmp_path, expert_dtype="int8"), inputs)
+    model = from_pretrained(tmp_path, expert_dtype="int8", device=device)
+    actual = logits(model, {name: tensor.to(device) for name, tensor in inputs.items()})
+    torch.testing.assert_close(actual.cpu(), expected, rtol=0, atol=1e-4)
 
 
 def test_a_model_on_the_gpu_equals_itself_on_the_cpu(device: torch.device) -> None:

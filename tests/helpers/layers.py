@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 
 from fairseq_moe_opt.moe import (
+    ExpertWeights,
+    GShardTop2Router,
     LayerConfig,
     LayerCounters,
     MoELayer,
     PackedExperts,
+    ResidentExperts,
     ResidentPackedExperts,
     Routing,
 )
@@ -47,6 +50,39 @@ def layer_of(
     counters = LayerCounters("layer", "encoder", router.num_experts, profile)
     store = ResidentPackedExperts(experts)
     return MoELayer(lambda x: x @ weight.to(x.dtype).t(), router, store, config, counters)
+
+
+def int8_expert(
+    model_width: int = 24, ffn_width: int = 40, *, dtype: torch.dtype = torch.float32, gated: bool = False
+) -> ExpertWeights:
+    """Random codes, scales that make outputs of order 1, and biases of ``dtype``."""
+    expert = ExpertWeights.empty(model_width, ffn_width, dtype=torch.int8, bias_dtype=dtype, gated=gated)
+    for tensor in expert.tensors():
+        if tensor.dtype == torch.int8:
+            tensor.random_(-127, 128)
+        else:
+            tensor.normal_(0, 0.1)
+    for scale, width in ((expert.fc1_scale, model_width), (expert.fc2_scale, ffn_width), (expert.gate_scale, 16)):
+        if scale is not None:
+            scale.uniform_(0.5, 1.5).div_(70 * width**0.5)
+    return expert
+
+
+def int8_layer(experts: list[ExpertWeights], *, kernel: str = "auto", gating: str = "dynamic") -> MoELayer:
+    """A layer over ``experts`` kept apart, the same gate every time."""
+    generator = torch.Generator().manual_seed(3)
+    gate = torch.randn(len(experts), experts[0].fc1_weight.shape[1], generator=generator)
+    store = ResidentExperts(len(experts), experts.__getitem__)
+    counters = LayerCounters("layer", "encoder", len(experts), False)
+    config = LayerConfig("relu", gating, kernel)
+    return MoELayer(
+        lambda x: x.float() @ gate.to(x.device).t(), GShardTop2Router(len(experts)), store, config, counters
+    )
+
+
+def moved_expert(expert: ExpertWeights, device: torch.device) -> ExpertWeights:
+    """``expert`` on ``device``."""
+    return ExpertWeights(*(None if tensor is None else tensor.to(device) for tensor in vars(expert).values()))
 
 
 def oracle(tokens: Tensor, routing: Routing, experts: PackedExperts) -> Tensor:

@@ -32,7 +32,7 @@ def kernel_names() -> tuple[str, ...]:
 
 
 def available_kernels(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[str, ...]:
-    """Names of the kernels that can run on ``dtype`` tensors of ``device``."""
+    """Names of the kernels that can run on experts with ``dtype`` matrices on ``device``."""
     device = torch.device(device)
     return tuple(name for name, kernel in _REGISTRY.items() if kernel.refusal(device, dtype) is None)
 
@@ -47,7 +47,7 @@ def get_kernel(name: str) -> ExpertKernel:
 
 
 def choose_kernel(name: str, device: torch.device, dtype: torch.dtype) -> ExpertKernel:
-    """The kernel for ``dtype`` tensors on ``device``; ``auto`` takes the fastest measured one there.
+    """The kernel for experts with ``dtype`` matrices on ``device``; ``auto`` takes the fastest measured one there.
 
     Raises KernelError when the named kernel cannot run there.
     """

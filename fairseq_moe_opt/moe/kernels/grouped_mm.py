@@ -12,6 +12,8 @@ from fairseq_moe_opt.errors import KernelError
 from fairseq_moe_opt.moe.experts import activate
 from fairseq_moe_opt.moe.types import ExpertWave, Segment
 
+_NO_INT8 = "grouped_mm computes floating-point experts, not int8 ones; use kernel='loop'"
+
 _ALIGNMENT_BYTES = 16
 """Rows of every operand must start on such a boundary."""
 
@@ -23,7 +25,9 @@ class GroupedMMKernel:
     needs_packed = True
 
     def refusal(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """Needs torch >= 2.10; on CUDA bfloat16 and compute capability 8.0 or more."""
+        """Needs floats and torch >= 2.10; on CUDA bfloat16 and compute capability 8.0 or more."""
+        if dtype == torch.int8:
+            return _NO_INT8
         if not hasattr(functional, "grouped_mm"):
             return f"torch {torch.__version__} has no grouped_mm (2.10 brings it); use kernel='loop'"
         if device.type == "cpu":
@@ -39,6 +43,8 @@ class GroupedMMKernel:
     def run(self, rows: Tensor, segments: Sequence[Segment], wave: ExpertWave, activation: str, out: Tensor) -> None:
         """One grouped product a matrix; biases are added by row."""
         packed = wave.packed
+        if any(expert.is_quantized for expert in wave.weights):
+            raise KernelError(f"kernel 'grouped_mm' cannot run: {_NO_INT8}")
         if packed is None:
             raise KernelError("kernel 'grouped_mm' needs experts packed in one tensor; this store keeps them apart")
         row_bytes = rows.element_size()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +9,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from fairseq_moe_opt.moe.experts import activate, expert_ffn
+from fairseq_moe_opt.moe.kernels.int8 import int8_linear
 from fairseq_moe_opt.moe.kernels.threads import SingleCoreThreads
+from fairseq_moe_opt.moe.kernels.workspace import ThreadWorkspace
 from fairseq_moe_opt.moe.types import ExpertWave, ExpertWeights, Segment
 
 _WIDE_ROWS = 256
@@ -19,9 +20,6 @@ _WIDE_ROWS = 256
 _PADDED_ROWS = range(2, 4)
 _PAD_TO = 4
 """Two or three float32 rows are computed as four: MKL's GEMM reads the weights at half the speed otherwise."""
-
-_KEPT_BYTES = 64 * 2**20
-"""Largest scratch space a thread keeps between calls; a larger one is given back after use."""
 
 
 class LoopKernel:
@@ -36,7 +34,7 @@ class LoopKernel:
 
     def __init__(self) -> None:
         self._threads = SingleCoreThreads()
-        self._workspaces = threading.local()
+        self._workspace = ThreadWorkspace()
 
     def refusal(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Runs everywhere."""
@@ -66,39 +64,28 @@ class LoopKernel:
     def _ffn(self, rows: Tensor, expert: ExpertWeights, activation: str, out: Tensor) -> None:
         """``expert_ffn`` into ``out``, the hidden layer in this thread's workspace."""
         num_rows = rows.shape[0]
-        if num_rows in _PADDED_ROWS and rows.dtype == torch.float32:
+        if num_rows in _PADDED_ROWS and rows.dtype == torch.float32 and not expert.is_quantized:
             padded = functional.pad(rows, (0, 0, 0, _PAD_TO - num_rows))
             results = torch.empty_like(padded)
             self._ffn(padded, expert, activation, results)
             out.copy_(results[:num_rows])
             return
-        hidden = self._hidden(rows, expert.fc1_weight.shape[0])
-        _linear(rows, expert.fc1_weight, expert.fc1_bias, hidden)
+        hidden = self._workspace.take("hidden", num_rows, expert.fc1_weight.shape[0], rows.dtype)
+        self._linear(rows, expert.fc1_weight, expert.fc1_scale, expert.fc1_bias, hidden)
         if expert.gate_weight is not None:
-            hidden.mul_(activate(activation, torch.mm(rows, expert.gate_weight.t())))
+            gate = torch.empty_like(hidden)
+            self._linear(rows, expert.gate_weight, expert.gate_scale, None, gate)
+            hidden.mul_(activate(activation, gate))
         elif activation == "relu":
             hidden.relu_()
         else:
             hidden = activate(activation, hidden)
-        _linear(hidden, expert.fc2_weight, expert.fc2_bias, out)
+        self._linear(hidden, expert.fc2_weight, expert.fc2_scale, expert.fc2_bias, out)
 
-    def _hidden(self, rows: Tensor, width: int) -> Tensor:
-        """(r, ``width``) scratch space of this thread.
-
-        Kept between calls: the allocator returns large blocks to the system at once, and touching fresh pages costs
-        more than a small GEMM.
-        """
-        numel = rows.shape[0] * width
-        kept: Tensor | None = getattr(self._workspaces, "buffer", None)
-        if kept is None or kept.dtype != rows.dtype or kept.numel() < numel:
-            kept = torch.empty(numel, dtype=rows.dtype)
-            if kept.numel() * kept.element_size() <= _KEPT_BYTES:
-                self._workspaces.buffer = kept
-        return kept[:numel].view(rows.shape[0], width)
-
-
-def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    if bias is None:
-        torch.mm(rows, weight.t(), out=out)
-    else:
-        torch.addmm(bias, rows, weight.t(), out=out)
+    def _linear(self, rows: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, out: Tensor) -> None:
+        if scale is not None:
+            int8_linear(rows, weight, scale, bias, out, self._workspace)
+        elif bias is None:
+            torch.mm(rows, weight.t(), out=out)
+        else:
+            torch.addmm(bias, rows, weight.t(), out=out)

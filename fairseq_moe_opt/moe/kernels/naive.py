@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fairseq_moe_opt.moe.experts import expert_ffn
+from fairseq_moe_opt.moe.quantization import dequantize
 from fairseq_moe_opt.moe.types import ExpertWave, Segment
 
 
@@ -22,8 +23,10 @@ class NaiveKernel:
         return None
 
     def run(self, rows: Tensor, segments: Sequence[Segment], wave: ExpertWave, activation: str, out: Tensor) -> None:
-        """Row ``i`` of a segment is ``expert_ffn(rows[i])``."""
+        """Row ``i`` of a segment is ``expert_ffn(rows[i])``; of an int8 expert, in float32 whatever the rows are."""
         for segment in segments:
             weights = wave.weights[wave.experts.index(segment.expert)]
+            if weights.is_quantized:
+                weights = dequantize(weights, torch.float32)
             for row in range(segment.start, segment.stop):
-                out[row] = expert_ffn(rows[row : row + 1], weights, activation)[0]
+                out[row] = expert_ffn(rows[row : row + 1].to(weights.fc1_weight.dtype), weights, activation)[0]
