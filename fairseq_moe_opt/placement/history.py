@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
 from types import MappingProxyType
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,7 +83,7 @@ def read_history(path: str | PathLike[str]) -> LoadHistory:
             return LoadHistory({name: arrays[name] for name in arrays.files})
     except InputError as error:
         raise InputError(f"{fspath(path)}: {error}") from None
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, BadZipFile) as error:
         raise InputError(f"{fspath(path)}: not a .npz file of counts a layer ({error})") from None
 
 

@@ -13,8 +13,9 @@ decoder    "activations are correlated" between experts                    mean 
 decoder,   "a single expert may get almost half of the full batch"         largest share of any batch: .35-.60
 encoder
 encoder    "almost all experts active", independent of each other          over 95 % active; correlations near 0
-lm         "a few hot experts take a large share in every batch, others    the 10 % hottest take over half the rows in
-           always little; some never get a token"                          the mean; some columns are all zero
+lm         "a few hot experts take a large share in every batch, others    the 10 % hottest take over 40 % of the
+           always little; some never get a token"                          rows in the mean; some columns are all 0
+lm         "almost all experts active"                                     over 75 % active
 lm         "the hot set and its heat change with the domain"               the hottest 10 % of two domains overlap by
                                                                            less than .8, but do overlap
 =========  ==============================================================  =========================================
@@ -85,7 +86,11 @@ def synthetic_history(workload: str, num_experts: int, num_batches: int, num_lay
     """
     if workload not in WORKLOADS:
         raise OptionError("workload", f"{workload!r} is not one of {', '.join(WORKLOADS)}")
-    for option, value, least in (("num_experts", num_experts, 8), ("num_batches", num_batches, 1)):
+    for option, value, least in (
+        ("num_experts", num_experts, 8),
+        ("num_batches", num_batches, 1),
+        ("num_layers", num_layers, 1),
+    ):
         if value < least:
             raise OptionError(option, f"must be {least} or more; got {value}")
     draw = WORKLOADS[workload].draw

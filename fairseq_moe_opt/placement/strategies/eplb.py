@@ -49,9 +49,12 @@ def eplb_items(loads: _Loads, cluster: Cluster, num_groups: int | None = None) -
     return _hierarchical(loads, cluster, groups)
 
 
-def replica_counts(loads: _Loads, num_slots: int, most: int) -> _Indices:
-    """(E,) replicas of each expert, ``num_slots`` together unless each has ``most``; ties go to the lower expert."""
-    counts = np.ones(len(loads), dtype=np.int64)
+def replicate(loads: _Loads, num_slots: int, most: int) -> _Indices:
+    """(S,) the experts in order, then their replicas in the order they are given; ties go to the lower expert.
+
+    S is ``num_slots``, or less where every expert has ``most`` replicas.
+    """
+    experts, counts = list(range(len(loads))), [1] * len(loads)
     heap = [(-float(load), expert) for expert, load in enumerate(loads)]
     heapq.heapify(heap)
     for _ in range(num_slots - len(loads)):
@@ -60,15 +63,15 @@ def replica_counts(loads: _Loads, num_slots: int, most: int) -> _Indices:
         if not heap:
             break
         expert = heap[0][1]
+        experts.append(expert)
         counts[expert] += 1
         heapq.heapreplace(heap, (-float(loads[expert]) / counts[expert], expert))
-    return counts
+    return np.array(experts)
 
 
 def _global(loads: _Loads, slots: tuple[int, ...]) -> tuple[_Indices, _Indices]:
-    counts = replica_counts(loads, sum(slots), len(slots))
-    experts = np.repeat(np.arange(len(loads)), counts)
-    return experts, pack((loads / counts)[experts], slots)
+    experts = replicate(loads, sum(slots), len(slots))
+    return experts, pack((loads / np.bincount(experts))[experts], slots)
 
 
 def _hierarchical(loads: _Loads, cluster: Cluster, num_groups: int) -> tuple[_Indices, _Indices]:
