@@ -8,7 +8,6 @@ resident size of a side's process while it ran a case, all its weights included.
 from __future__ import annotations
 
 import json
-import os
 import platform
 import signal
 import sys
@@ -23,6 +22,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from _machine import machine, usable_cores
 from _results import Baseline, Row, baseline_of, rows_of, table_of
 from _rounds import busy_neighbour, make_weights, measure
 from _sides import QUICK, REFERENCE, Case, Shape, Side, sides_of
@@ -90,21 +90,6 @@ def run(plan: Plan, console: Console) -> list[Row]:
                 console.print(table_of(found, dtype))
                 rows += found
     return rows
-
-
-def machine() -> dict[str, Any]:
-    """Where this ran: processor, cores this process may use, operating system."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        models = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
-        name = models[0] if models else name
-    return {"cpu": name, "cores": usable_cores(), "system": f"{platform.system()} {platform.machine()}"}
-
-
-def usable_cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def write_json(path: Path, plan: Plan, rows: Sequence[Row]) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -46,6 +47,10 @@ class LoadHistory:
         if len(set(experts.values())) > 1:
             raise InputError(f"a load history needs one number of experts; got {experts}")
         object.__setattr__(self, "layers", MappingProxyType(checked))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Read-only mappings cannot be pickled."""
+        return type(self), (dict(self.layers),)
 
     @property
     def num_experts(self) -> int:

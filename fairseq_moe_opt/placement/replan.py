@@ -8,8 +8,8 @@ import numpy as np
 
 from fairseq_moe_opt.errors import OptionError, PlacementError
 from fairseq_moe_opt.placement.history import LoadHistory, Shares
-from fairseq_moe_opt.placement.strategies.moments import believed_second_moment, effective_batches
-from fairseq_moe_opt.placement.strategies.swaps import Assignment, Conditions, Items, best_partner
+from fairseq_moe_opt.placement.moments import believed_second_moment, effective_batches
+from fairseq_moe_opt.placement.swaps import Assignment, Conditions, Items, best_partner
 from fairseq_moe_opt.placement.types import Cluster, Placement, RankSlots, rank_slots
 
 MOVES_PER_SWAP = 2

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -104,6 +105,10 @@ class Placement:
         for name, slots in layers.items():
             _check_layer(name, slots, self.num_experts, self.num_ranks)
         object.__setattr__(self, "layers", MappingProxyType(layers))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Read-only mappings cannot be pickled, and ranks send each other placements."""
+        return type(self), (dict(self.layers), self.num_experts, self.num_ranks, self.strategy, self.fingerprint)
 
     @cached_property
     def homes(self) -> Mapping[str, tuple[tuple[tuple[int, int], ...], ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,12 @@ def test_counts_are_copied_and_read_only() -> None:
     assert kept.layers["a"][0, 0] == 1
     with pytest.raises(ValueError, match="read-only"):
         kept.layers["a"][0, 0] = 7
+
+
+def test_histories_can_be_sent() -> None:
+    sent = pickle.loads(pickle.dumps(history([1, 3])))
+    assert sent.layers["a"].tolist() == [[1, 3]]
+    assert not sent.layers["a"].flags.writeable
 
 
 @pytest.mark.parametrize(

@@ -9,47 +9,47 @@ from hypothesis import strategies as st
 
 from fairseq_moe_opt.placement import Cluster, LoadHistory, evaluate, place, rank_loads, synthetic_history
 from fairseq_moe_opt.placement.history import shares_of
+from fairseq_moe_opt.placement.moments import believed_second_moment, effective_batches
 from fairseq_moe_opt.placement.strategies.eplb import eplb_items
-from fairseq_moe_opt.placement.strategies.moments import believed_second_moment, effective_batches
-from fairseq_moe_opt.placement.strategies.swaps import Assignment, Conditions, Items, descend
+from fairseq_moe_opt.placement.swaps import Assignment, Conditions, Items, descend
 from fairseq_moe_opt.placement.types import rank_slots
 from tests.helpers.placements import clusters, histories
 
 
-def assignment_of(data: st.DataObject) -> Assignment:
+def drawn(data: st.DataObject) -> tuple[Assignment, Cluster]:
+    """EPLB's plan of some history, with its plain second moments."""
     shares = shares_of(data.draw(histories(max_experts=8)))
     cluster = data.draw(clusters(shares.shape[1]))
     experts, ranks = eplb_items(shares.mean(axis=0), cluster)
-    return Assignment(Items.of(experts, shares, shares.T @ shares / len(shares)), ranks, cluster)
+    return Assignment(Items.of(experts, shares, shares.T @ shares / len(shares)), ranks, cluster), cluster
 
 
-def plain_cost(assignment: Assignment, cluster_nodes: int) -> float:
+def plain_cost(assignment: Assignment, num_nodes: int) -> float:
     """Mean over batches of the squared loads of ranks and nodes, from the placement alone."""
     items = assignment.items
     slots = rank_slots(items.expert, assignment.ranks, len(assignment.loads))
     shares = np.zeros((items.shares.shape[1], items.expert.max() + 1))
     np.add.at(shares.T, items.expert, items.shares)
     loads = rank_loads(slots, shares)
-    nodes = loads.reshape(len(loads), cluster_nodes, -1).sum(axis=2)
-    return float((loads**2).sum(axis=1).mean() + (cluster_nodes > 1) * (nodes**2).sum(axis=1).mean())
+    nodes = loads.reshape(len(loads), num_nodes, -1).sum(axis=2)
+    return float((loads**2).sum(axis=1).mean() + (num_nodes > 1) * (nodes**2).sum(axis=1).mean())
 
 
 @given(st.data())
 def test_cost_changes_are_what_swaps_do(data: st.DataObject) -> None:
-    assignment = assignment_of(data)
-    num_nodes = int(assignment._node_of_rank[-1]) + 1
+    assignment, cluster = drawn(data)
     for _ in range(3):
         one, other = (data.draw(st.integers(0, len(assignment.ranks) - 1)) for _ in range(2))
-        before, predicted = plain_cost(assignment, num_nodes), assignment.cost_changes(one)[other]
+        before, predicted = plain_cost(assignment, cluster.num_nodes), assignment.cost_changes(one)[other]
         assert assignment.cost() == pytest.approx(before)
         if assignment.ranks[one] != assignment.ranks[other]:
             assignment.swap(one, other)
-        assert plain_cost(assignment, num_nodes) == pytest.approx(before + predicted)
+        assert plain_cost(assignment, cluster.num_nodes) == pytest.approx(before + predicted)
 
 
 @given(st.data())
 def test_the_search_lowers_the_cost_within_the_conditions(data: st.DataObject) -> None:
-    assignment = assignment_of(data)
+    assignment, _ = drawn(data)
     conditions = Conditions.no_worse_than(assignment.loads, 4.0)
     before = assignment.cost()
     descend(assignment, conditions)

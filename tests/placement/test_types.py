@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 
@@ -41,6 +44,12 @@ def test_a_placement_cannot_be_changed() -> None:
     assert list(placement.layers) == ["a"]
     with pytest.raises(TypeError):
         placement.layers["b"] = ((1,), (0,))  # type: ignore[index]
+
+
+def test_placements_can_be_sent() -> None:
+    placement = one_layer(((2, 0), (1,)), 3)
+    assert pickle.loads(pickle.dumps(placement)) == placement
+    assert copy.deepcopy(placement) == placement
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from fairseq_moe_opt.placement.history import Shares
+from fairseq_moe_opt.placement.moments import believed_second_moment, effective_batches
 from fairseq_moe_opt.placement.strategies.eplb import eplb_items
-from fairseq_moe_opt.placement.strategies.moments import believed_second_moment, effective_batches
-from fairseq_moe_opt.placement.strategies.swaps import Assignment, Conditions, Items, descend
+from fairseq_moe_opt.placement.swaps import Assignment, Conditions, Items, descend
 from fairseq_moe_opt.placement.types import Cluster, RankSlots, rank_slots
 
 

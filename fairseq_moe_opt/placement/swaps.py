@@ -79,13 +79,12 @@ class Assignment:
     def __init__(self, items: Items, ranks: _Indices, cluster: Cluster) -> None:
         """``ranks``: (I,) where each item starts."""
         self.items, self.ranks = items, ranks.copy()
-        self._node_of_rank = cluster.node_of_rank()
         self._square = np.diag(items.moment).copy()
         self.loads: _Floats = np.zeros((cluster.num_ranks, items.shares.shape[1]))
         np.add.at(self.loads, self.ranks, items.shares)
         self._levels = [_Level(items.moment, self.ranks, cluster.num_ranks)]
         if cluster.num_nodes > 1:
-            self._levels.append(_Level(items.moment, self._node_of_rank[self.ranks], cluster.num_nodes))
+            self._levels.append(_Level(items.moment, cluster.node_of_rank()[ranks], cluster.num_nodes))
 
     def cost(self) -> float:
         """Summed expected squares over ranks and nodes."""
@@ -103,7 +102,7 @@ class Assignment:
         here, there = self.loads[self.ranks[item]], self.loads[self.ranks[others]]
         both = np.stack((here + change, there - change))
         within = ((both <= conditions.high) & (both >= conditions.low)).all(axis=(0, 2))
-        # What the swap would have changed in each batch of the history.
+        # What the swap would have changed in each batch of the history, by its ranks' loads.
         by_batch = 2 * change * (here - there + change)
         error = by_batch.std(axis=1) / np.sqrt(conditions.effective_batches)
         return np.asarray(within & (gains > LEAST_GAIN * error))
