@@ -105,7 +105,7 @@ def main(
     experts: Annotated[list[int] | None, typer.Option(min=8, help="experts of the synthetic traces; repeat")] = None,
     layers: Annotated[int, typer.Option(min=1, help="layers of each synthetic trace")] = 6,
     batches: Annotated[int, typer.Option(min=4, help="batches of each, half of which place")] = 256,
-    seed: Annotated[int, typer.Option(help="of the synthetic traces")] = 2303,
+    seed: Annotated[int, typer.Option(help="of the synthetic traces")] = 6182,
     quick: Annotated[bool, typer.Option("--quick", help="tiny traces: shows that all runs, says nothing")] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="where results go [default: results/placement.json, none if quick]")

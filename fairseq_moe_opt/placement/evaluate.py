@@ -135,21 +135,16 @@ def _busiest(loads: NDArray[np.float64], rows: NDArray[np.int64], bytes_per_row:
 
 def _batch_bound(batch: NDArray[np.float64], cluster: Cluster, spare: int) -> float:
     if spare:
-        return max(1 / cluster.num_ranks, _smallest_largest_replica(batch, spare, cluster.num_ranks))
+        return max(1 / cluster.num_ranks, _smallest_largest_replica(batch, spare))
     fewest = min(size for size in cluster.slots if size)
     return max(1 / cluster.num_ranks, float(batch.max() + np.sort(batch)[: fewest - 1].sum()))
 
 
-def _smallest_largest_replica(batch: NDArray[np.float64], spare: int, num_ranks: int) -> float:
-    """The largest share of one replica when each spare slot goes to the largest; an expert has at most W replicas.
-
-    Greedy is optimal here: bringing the largest down is the only way to bring the maximum down.
-    """
+def _smallest_largest_replica(batch: NDArray[np.float64], spare: int) -> float:
+    """The largest share of one replica when each spare slot goes to the largest: no other way brings it down more."""
     heap = [(-float(share), float(share), 1) for share in batch]
     heapq.heapify(heap)
     for _ in range(spare):
         _, share, copies = heap[0]
-        if copies == num_ranks:
-            break
         heapq.heapreplace(heap, (-share / (copies + 1), share, copies + 1))
     return -heap[0][0]

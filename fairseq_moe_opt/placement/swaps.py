@@ -14,8 +14,8 @@ _Indices = NDArray[np.int64]
 
 MAX_SWEEPS = 50
 """Sweeps over all items after which the search ends; it has ended by itself after about ten."""
-LEAST_GAIN = 0.5
-"""Standard errors that a swap has to gain. Not two: one swap proves little, but the errors of hundreds average out."""
+LEAST_GAIN = 0.25
+"""Standard errors that a swap has to gain. Less than one: the errors of hundreds of swaps average out."""
 _CANDIDATES = 16
 """How many of an item's best partners are held against the conditions."""
 _TOLERANCE = 1e-12

@@ -33,6 +33,8 @@ def test_replicas_go_to_the_largest_load_a_replica() -> None:
     loads = np.array([10.0, 6.0, 1.0])
     assert replicate(loads, 3, 9).tolist() == [0, 1, 2]
     assert replicate(loads, 7, 9).tolist() == [0, 1, 2, 0, 1, 0, 0]
+    # 10, 4 -> 5, 4 -> 3.3, 4 -> 3.3, 2
+    assert replicate(np.array([10.0, 4.0]), 5, 9).tolist() == [0, 1, 0, 0, 1]
 
 
 def test_an_expert_has_no_more_replicas_than_ranks() -> None:

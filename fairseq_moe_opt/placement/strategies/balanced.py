@@ -14,11 +14,11 @@ def place_balanced(shares: Shares, cluster: Cluster) -> RankSlots:
 
     The paper minimises the largest ``|load - 1/W|`` over ranks and batches. One batch of the history decides that,
     so fitting it says little of the next batch. Throughput follows Avg Max Load, but a maximum over ranks is flat
-    almost everywhere: most swaps do not change it. The sum over ranks of E[(load - 1/W)^2] bounds both from above,
-    has a slope everywhere, and needs only second moments, so that a swap costs O(E) to try. Since loads sum to 1 it
-    orders placements as the sum of E[load^2] does, in which co-active experts on one rank are dear by how hot they are:
-    the paper's anti-correlation, with its weights derived. So as not to fit accidents of the history, the moments are
-    those of ``believed_second_moment``, and a swap must gain a part of its own standard error.
+    almost everywhere: most swaps do not change it. The sum over ranks of E[(load - 1/W)^2] bounds the square of its
+    excess over 1/W, has a slope everywhere, and needs only second moments, so a swap costs O(E) to try. Since loads
+    sum to 1 it orders placements as the sum of E[load^2] does, in which co-active experts on one rank are dear by how
+    hot they are: the paper's anti-correlation, with its weights derived. So as not to fit accidents of the history, the
+    moments are those of ``believed_second_moment``, and a swap must gain a part of its own standard error.
 
     Of the paper's own objective, and of Max Load, the result is never worse than EPLB's at equal memory, on the history
     it is placed by: a swap that would break that is not made. With several nodes, the expected squared load of
