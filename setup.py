@@ -17,6 +17,8 @@ PACKAGES = [
     "fairseq_moe_opt.models",
     "fairseq_moe_opt.moe",
     "fairseq_moe_opt.moe.kernels",
+    "fairseq_moe_opt.placement",
+    "fairseq_moe_opt.placement.strategies",
     "fairseq_moe_opt.tasks",
     "hf_integration",
     "hf_integration.families",
@@ -44,7 +46,7 @@ FAIRSEQ = [
     "tqdm",
 ]
 PLOTS = ["matplotlib>=3.8"]
-DEV = ["hypothesis>=6.100", "mypy>=1.15", "pytest>=8", "pytest-cov>=5", "ruff>=0.9", "types-PyYAML"]
+DEV = ["hypothesis>=6.100", "mypy>=1.15", "pytest>=8", "pytest-cov>=5", "ruff>=0.9", "scipy>=1.11", "types-PyYAML"]
 
 
 def version() -> str:

@@ -45,13 +45,15 @@ def write_results(
     versions: Mapping[str, str | None],
     arguments: Mapping[str, Any],
     rows: Sequence[Mapping[str, Any]],
+    **more: Any,
 ) -> None:
-    """Write machine, versions (Python's and torch's are added), date, arguments and rows."""
+    """Write machine, versions (Python's and torch's are added), date, arguments, ``more`` by name, and rows."""
     content = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": machine(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, **versions},
         "arguments": arguments,
+        **more,
         "rows": list(rows),
     }
     path.parent.mkdir(parents=True, exist_ok=True)

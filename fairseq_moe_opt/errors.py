@@ -35,3 +35,7 @@ class NoMoELayerError(MoEError):
 
 class KernelError(MoEError, RuntimeError):
     """A kernel that cannot run here, or not on these tensors."""
+
+
+class PlacementError(MoEError, ValueError):
+    """A placement, or a file of one, that is not valid or was made for another model or another number of ranks."""
