@@ -8,6 +8,7 @@ timeout; with ``TORCH_NCCL_BLOCKING_WAIT=1`` it raises, and is explained like gl
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -133,8 +134,13 @@ def _message(what: str, rank: int, blamed: str, error: BaseException) -> str:
     reason = blamed or "every rank answers, so the network, or a timeout that is too short, is to blame"
     return (
         f"{what} on rank {rank} failed: {reason}. Start all ranks again, with a longer timeout if one was only slow "
-        f"({_first_line(error)})"
+        f"({_gist(error)})"
     )
+
+
+def _gist(error: BaseException) -> str:
+    """The first sentence of a backend's error, without the place in its source that it begins with."""
+    return re.sub(r"^\[[^]]*]\s*", "", _first_line(error)).partition(". ")[0]
 
 
 def _first_line(error: BaseException) -> str:

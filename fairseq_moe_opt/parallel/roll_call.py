@@ -48,34 +48,49 @@ class RollCall:
         self._in_time(lambda: self._store.set(self._keys[self._rank], f"{_STOPPED}{reason}"))
 
     def answers(self) -> dict[int, str]:
-        """Sign, and wait for the others; what each one wrote, by rank, of those that did in time."""
+        """Sign, and wait for the others; what each one wrote, by rank, of those that did in time.
+
+        Once a rank has left with a reason, nobody else is waited for. With a store that fails meanwhile, only reasons
+        are returned: whether the other ranks are alive is not known then.
+        """
         notes: dict[int, str] = {}
-        self._in_time(lambda: self._collect(notes))
-        return dict(notes)
+        if self._in_time(lambda: self._collect(notes)):
+            return notes
+        return {rank: note for rank, note in list(notes.items()) if _is_reason(note)}
 
     def _collect(self, notes: dict[int, str]) -> None:
         self._store.set(self._keys[self._rank], _WAITING)
         deadline = time.monotonic() + self._patience
         missing = set(range(len(self._keys)))
-        while missing and time.monotonic() < deadline:
+        while missing and time.monotonic() < deadline and not any(map(_is_reason, notes.values())):
             for rank in sorted(missing):
                 if self._store.check([self._keys[rank]]):
                     notes[rank] = self._store.get(self._keys[rank]).decode()
             missing -= set(notes)
             time.sleep(_POLL_SECONDS if missing else 0)
 
-    def _in_time(self, work: Callable[[], None]) -> None:
-        """Run ``work``, but not for long: a store can hang too, or be gone with the rank that hosts it."""
+    def _in_time(self, work: Callable[[], None]) -> bool:
+        """Run ``work``, but not for long: a store can hang too, or be gone with the rank that hosts it.
+
+        Whether it came to its end.
+        """
+        done = threading.Event()
 
         def attempt() -> None:
             try:
                 work()
             except RuntimeError:
                 return
+            done.set()
 
         thread = threading.Thread(target=attempt, daemon=True)
         thread.start()
         thread.join(self._patience + _STORE_GRACE)
+        return done.is_set()
+
+
+def _is_reason(note: str) -> bool:
+    return note.startswith(_STOPPED)
 
 
 def verdict(notes: Mapping[int, str], names: Sequence[int]) -> str:
@@ -86,13 +101,13 @@ def verdict(notes: Mapping[int, str], names: Sequence[int]) -> str:
     reasons = [
         f"rank {names[rank]} stopped ({note[len(_STOPPED) :]})"
         for rank, note in sorted(notes.items())
-        if note.startswith(_STOPPED)
+        if _is_reason(note)
     ]
+    if reasons:
+        return ", ".join(reasons)
     if not notes:
         return "the ranks' common store does not answer: the rank that hosts it, usually rank 0, is gone or hangs"
     silent = [str(name) for rank, name in enumerate(names) if rank not in notes]
-    if reasons:
-        return ", ".join(reasons)
     if silent:
         return f"no answer from rank {', rank '.join(silent)} (dead or hanging)"
     return ""

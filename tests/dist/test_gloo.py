@@ -146,7 +146,7 @@ def told(outcomes: list[Outcome], ranks: tuple[int, ...] = (0, 2)) -> list[str]:
 
 @pytest.mark.parametrize("fate", ["dies", "hangs"])
 def test_a_rank_that_dies_or_hangs_is_named_by_the_others(fate: str) -> None:
-    outcomes = start_ranks(3, forward_then, fate)
+    outcomes = start_ranks(3, forward_then, fate, grace=3.0 if fate == "hangs" else 10.0)
     for rank, message in zip((0, 2), told(outcomes), strict=True):
         assert f"all-to-all on rank {rank} failed: no answer from rank 1 (dead or hanging)" in message
         assert "Start all ranks again" in message and "\n" not in message

@@ -38,12 +38,17 @@ class Outcome:
 
 
 def start_ranks(
-    size: int, body: Callable[..., Any], *arguments: object, timeout: float = 20.0, deadline: float = 60.0
+    size: int,
+    body: Callable[..., Any],
+    *arguments: object,
+    timeout: float = 20.0,
+    deadline: float = 60.0,
+    grace: float = 10.0,
 ) -> list[Outcome]:
     """Run ``body(*arguments)`` on ``size`` ranks of a gloo world with that collective ``timeout``.
 
-    ``body`` must be a function of a module. Processes that are still there after ``deadline`` seconds, or ten seconds
-    after the other ones ended, are killed.
+    ``body`` must be a function of a module. Processes that are still there after ``deadline`` seconds, or ``grace``
+    seconds after the first one that ended, are killed.
     """
     context = multiprocessing.get_context("forkserver")
     # Loading torch once, not once a process, is most of the speed of these tests.
@@ -56,7 +61,7 @@ def start_ranks(
         ]
         for process in processes:
             process.start()
-        killed = _wait(processes, deadline)
+        killed = _wait(processes, deadline, grace)
         return [
             _outcome(folder / f"{rank}.pickle", None if rank in killed else process.exitcode)
             for rank, process in enumerate(processes)
@@ -71,13 +76,15 @@ def values_of(outcomes: list[Outcome]) -> list[Any]:
     return [outcome.value for outcome in outcomes]
 
 
-def _wait(processes: list[Any], deadline: float, grace: float = 10.0) -> set[int]:
+def _wait(processes: list[Any], deadline: float, grace: float) -> set[int]:
     """Wait for all, kill what is left; which ranks were killed."""
-    end = time.monotonic() + deadline
-    while any(process.is_alive() for process in processes) and time.monotonic() < end:
-        if any(not process.is_alive() for process in processes):
-            end = min(end, time.monotonic() + grace)
-            grace = deadline  # only the first end shortens the wait
+    start = time.monotonic()
+    first_end: float | None = None
+    while any(process.is_alive() for process in processes) and time.monotonic() < start + deadline:
+        if first_end is None and not all(process.is_alive() for process in processes):
+            first_end = time.monotonic()
+        if first_end is not None and time.monotonic() > first_end + grace:
+            break
         time.sleep(0.02)
     killed = {rank for rank, process in enumerate(processes) if process.is_alive()}
     for rank in killed:

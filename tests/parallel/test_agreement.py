@@ -96,3 +96,19 @@ def test_nobody_is_blamed_when_all_answer() -> None:
 
 def test_several_that_are_silent_are_all_named() -> None:
     assert verdict({1: "waiting"}, [0, 1, 2]) == "no answer from rank 0, rank 2 (dead or hanging)"
+
+
+def test_a_reason_is_believed_though_the_store_fails_afterwards() -> None:
+    board = Board()
+    call(board, 0).leave("MemoryError: no room")
+    read, waiter = board.get, call(board, 2)
+
+    def read_once(key: str, /) -> bytes:
+        board.check = fail  # type: ignore[method-assign,assignment]
+        return read(key)
+
+    def fail(keys: list[str], /) -> bool:
+        raise RuntimeError("connection reset")
+
+    board.get = read_once  # type: ignore[method-assign]
+    assert verdict(waiter.answers(), [0, 1, 2]) == "rank 0 stopped (MemoryError: no room)"
