@@ -83,6 +83,13 @@ class ExchangeCounters:
         with self._lock:
             self._rows = [total + count for total, count in zip(self._rows, counts, strict=True)]
 
+    def __deepcopy__(self, memo: dict[int, object]) -> ExchangeCounters:
+        return ExchangeCounters(*self._identity, self._num_slots)
+
+    def __reduce__(self) -> tuple[type[ExchangeCounters], tuple[str, int, int, int]]:
+        # As for LayerCounters: a copied or pickled model starts counting afresh.
+        return ExchangeCounters, (*self._identity, self._num_slots)
+
     def snapshot(self) -> ExchangeReport:
         """The sums so far."""
         with self._lock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import resource
@@ -113,11 +114,13 @@ class LayerCounters:
             self._seconds[step] += time.perf_counter() - start
 
     def __deepcopy__(self, memo: dict[int, object]) -> LayerCounters:
-        return LayerCounters(self.name, self.phase, self.num_experts, self.profile, exchange=self.exchange)
+        # The copied exchange adds to the same copy of its counters: deepcopy remembers it.
+        exchange = copy.deepcopy(self.exchange, memo)
+        return LayerCounters(self.name, self.phase, self.num_experts, self.profile, exchange=exchange)
 
-    def __reduce__(self) -> tuple[type[LayerCounters], tuple[str, str, int, bool]]:
+    def __reduce__(self) -> tuple[type[LayerCounters], tuple[str, str, int, bool, ExchangeCounters | None]]:
         # A copied or pickled model starts counting afresh; a lock cannot travel anyway.
-        return LayerCounters, (self.name, self.phase, self.num_experts, self.profile)
+        return LayerCounters, (self.name, self.phase, self.num_experts, self.profile, self.exchange)
 
     def snapshot(self) -> LayerReport:
         """The sums so far."""

@@ -39,10 +39,11 @@ class AllReduceExchange:
 
     def __init__(self, ranks: Collectives, slot_map: SlotMap) -> None:
         check_ranks(ranks, slot_map)
-        self._map = slot_map
+        self._num_experts = slot_map.num_experts
         before = sum(slot_map.num_slots[: ranks.rank])
         self._own = slice(before, before + slot_map.num_slots[ranks.rank])
-        self._shares: dict[torch.device, Shares] = {}
+        # The same sender everywhere: ranks that share a batch must cut it alike.
+        self._shares = Shares(slot_map, sender=0)
         self._ranks = MeteredCollectives(
             ranks, ExchangeCounters("all-reduce", ranks.rank, ranks.size, slot_map.num_slots[ranks.rank])
         )
@@ -59,12 +60,12 @@ class AllReduceExchange:
 
     def dispatch(self, sizes: Tensor, gather: Callable[[int | None], Tensor]) -> Arrival:
         """Pick this rank's rows; nothing is sent. See ``TokenExchange``."""
-        blocks = self._shares_on(sizes.device).blocks(sizes)
+        blocks = self._shares.blocks(sizes)
         own = Blocks(blocks.starts[self._own], blocks.counts[self._own])
         # The layer's one host synchronisation: rows of each expert, and of each local slot.
         on_host = tuple(torch.cat((sizes, own.counts)).tolist())
         own_sizes, counts = on_host[: sizes.numel()], on_host[sizes.numel() :]
-        num_rows = sum(own_sizes[: self._map.num_experts])
+        num_rows = sum(own_sizes[: self._num_experts])
         index = block_order(own, sum(counts))
         rows = gather(num_rows)
         refuse_gradients(rows)
@@ -80,9 +81,3 @@ class AllReduceExchange:
         unsort_rows(results[:-1], state.index, combined)
         self._ranks.add_up(COMBINE, combined[:-1])
         return combined
-
-    def _shares_on(self, device: torch.device) -> Shares:
-        if device not in self._shares:
-            # The same sender everywhere: ranks that share a batch must cut it alike.
-            self._shares[device] = Shares(self._map, 0, device)
-        return self._shares[device]

@@ -54,10 +54,9 @@ class AllToAllExchange:
 
     def __init__(self, ranks: Collectives, slot_map: SlotMap) -> None:
         check_ranks(ranks, slot_map)
-        self._map = slot_map
         self._slots = slot_map.num_slots
         self._is_sorted = slot_map.physical == tuple(range(slot_map.num_experts))
-        self._shares: dict[torch.device, Shares] = {}
+        self._shares = Shares(slot_map, ranks.rank)
         self._ranks = MeteredCollectives(
             ranks, ExchangeCounters("all-to-all", ranks.rank, ranks.size, self._slots[ranks.rank])
         )
@@ -74,7 +73,7 @@ class AllToAllExchange:
 
     def dispatch(self, sizes: Tensor, gather: Callable[[int | None], Tensor]) -> Arrival:
         """Send rows to their experts; see ``TokenExchange``."""
-        blocks = self._shares_on(sizes.device).blocks(sizes)
+        blocks = self._shares.blocks(sizes)
         arrived, counts_pending = self._send_counts(blocks.counts)
         rows = gather(None)  # while the counts travel
         refuse_gradients(rows)
@@ -124,11 +123,6 @@ class AllToAllExchange:
         sent = sort_rows(rows, route.outward)
         self._ranks.all_to_all(DISPATCH, received, sent, route.received_splits, route.sent_splits).wait()
         return sort_rows(received, route.inward)
-
-    def _shares_on(self, device: torch.device) -> Shares:
-        if device not in self._shares:
-            self._shares[device] = Shares(self._map, self._ranks.rank, device)
-        return self._shares[device]
 
 
 def check_ranks(ranks: Collectives, slot_map: SlotMap) -> None:

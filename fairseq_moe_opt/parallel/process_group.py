@@ -95,6 +95,9 @@ class ProcessGroupRanks:
             dist.all_gather_object(values, value, group=self._group)
         return values
 
+    def __deepcopy__(self, memo: dict[int, object]) -> ProcessGroupRanks:
+        return self  # a copied model talks to the same ranks
+
     @contextmanager
     def explained(self, what: str) -> Iterator[None]:
         """Raise a backend's error within as one ParallelError that names the rank at fault."""

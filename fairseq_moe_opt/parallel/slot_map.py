@@ -16,7 +16,7 @@ Both steps are a permutation of blocks: ``block_order`` makes the index, and the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -85,9 +85,9 @@ class SlotMap:
 
         Senders begin with different replicas, so that lone rows (a decoding step has few) do not all go to the same.
         """
-        seen = [0] * self.num_experts
+        replicas = Counter(self.physical)
+        seen: Counter[int] = Counter()
         turns = []
-        replicas = [self.physical.count(expert) for expert in range(self.num_experts)]
         for expert in self.physical:
             turns.append(((seen[expert] + sender) % replicas[expert], replicas[expert]))
             seen[expert] += 1
@@ -103,28 +103,26 @@ class Blocks:
 
 
 class Shares:
-    """The blocks that one sender's rows are cut into, on its device."""
+    """The blocks that one sender's rows are cut into."""
 
-    def __init__(self, slot_map: SlotMap, sender: int, device: torch.device) -> None:
-        def table(values: Sequence[int]) -> Tensor:
-            return torch.tensor(values, dtype=torch.int64, device=device)
-
-        turns = slot_map.turns(sender)
+    def __init__(self, slot_map: SlotMap, sender: int) -> None:
+        turns, parts = zip(*slot_map.turns(sender), strict=True)
         self._num_experts = slot_map.num_experts
-        self._expert = table(slot_map.physical)
-        self._turn = table([turn for turn, _ in turns])
-        self._parts = table([parts for _, parts in turns])
+        self._tables = torch.tensor((slot_map.physical, turns, parts), dtype=torch.int64)
 
     def blocks(self, sizes: Tensor) -> Blocks:
-        """One block a physical slot; ``sizes`` starts with the rows of each of the E logical experts, (E + ...,).
+        """One block a physical slot, on the device of ``sizes``; that starts with the rows of each of the E logical experts, (E + ...,).
 
         An expert's rows are split evenly: parts differ by one row at most.
         """
+        if self._tables.device != sizes.device:
+            self._tables = self._tables.to(sizes.device)
+        expert, turn, parts = self._tables
         sizes = sizes[: self._num_experts]
-        rows = sizes[self._expert]
-        first = rows * self._turn // self._parts
-        last = rows * (self._turn + 1) // self._parts
-        return Blocks((torch.cumsum(sizes, 0) - sizes)[self._expert] + first, last - first)
+        rows = sizes[expert]
+        first = rows * turn // parts
+        last = rows * (turn + 1) // parts
+        return Blocks((torch.cumsum(sizes, 0) - sizes)[expert] + first, last - first)
 
 
 def by_slot(arrived: Tensor) -> Blocks:

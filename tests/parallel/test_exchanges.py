@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Sequence
 
 import pytest
@@ -10,9 +12,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fairseq_moe_opt.build import LayerSpec, build_layer
 from fairseq_moe_opt.errors import OptionError, ParallelError
-from fairseq_moe_opt.moe import LayerReport, PackedExperts, Routing, available_kernels
-from fairseq_moe_opt.moe.exchange_report import Traffic
+from fairseq_moe_opt.moe import (
+    LayerCounters,
+    LayerReport,
+    MoELayer,
+    PackedExperts,
+    ResidentPackedExperts,
+    Routing,
+    SoftmaxTopKRouter,
+    available_kernels,
+)
+from fairseq_moe_opt.moe.exchange_report import ExchangeCounters, ExchangeReport, Traffic
+from fairseq_moe_opt.options import MoEOptions
 from fairseq_moe_opt.parallel import (
     AllReduceExchange,
     AllToAllExchange,
@@ -259,6 +272,35 @@ def test_fake_ranks_check_that_both_ends_agree() -> None:
 
     with pytest.raises(ParallelError, match="rank 1 sends"):
         run_ranks(2, body)
+
+
+def test_copied_counters_stay_those_of_their_exchange() -> None:
+    counters = ExchangeCounters("all-to-all", 1, 2, 3)
+    counters.add_rows((1, 0, 2))
+    layer = LayerCounters("a", "encoder", 6, exchange=counters)
+    for again, own in (copy.deepcopy((layer, counters)), pickle.loads(pickle.dumps((layer, counters)))):
+        assert again.exchange is own
+        assert own.snapshot() == ExchangeReport("all-to-all", 1, 2, again.snapshot().exchange.traffic, (0, 0, 0))
+
+
+def test_the_composition_root_checks_the_store_against_the_exchange() -> None:
+    spec = LayerSpec("layer.3", "decoder", SoftmaxTopKRouter(6, 2))
+    store = ResidentPackedExperts(random_experts(4))
+
+    def build(ranks: FakeRanks, held: SlotMap, options: MoEOptions) -> MoELayer:
+        exchange, padded = AllToAllExchange(ranks, held), PaddedAllToAllExchange(ranks, 6)
+        return build_layer(spec, options, torch.nn.Identity(), store, exchange=exchange, padded_exchange=padded)
+
+    uneven = SlotMap(6, ((0, 1, 2, 3), (2, 3, 4, 5)))
+    layers = run_ranks(2, lambda ranks: build(ranks, uneven, MoEOptions()))
+    assert [layer.counters.snapshot().exchange.rank for layer in layers] == [0, 1]
+    message = r"layer.3 routes to 6 experts, 3 of them on this rank, but has 4"
+    with pytest.raises(OptionError, match=message):
+        run_ranks(2, lambda ranks: build(ranks, SlotMap.contiguous(6, 2), MoEOptions()))
+    with pytest.raises(OptionError, match=message):
+        run_ranks(2, lambda ranks: build(ranks, uneven, MoEOptions(gating="static")))
+    with pytest.raises(OptionError, match="layer.3 routes to 6 experts but has 4"):
+        build_layer(spec, MoEOptions(), torch.nn.Identity(), store)
 
 
 def test_experts_are_taken_in_slot_order() -> None:

@@ -11,11 +11,9 @@ from fairseq_moe_opt.errors import OptionError
 from fairseq_moe_opt.parallel import SlotMap, group_ranks
 from fairseq_moe_opt.parallel.slot_map import Blocks, Shares, block_order, by_slot, sort_rows, unsort_rows
 
-CPU = torch.device("cpu")
-
 
 def blocks_of(slot_map: SlotMap, sender: int, sizes: list[int]) -> tuple[list[int], list[int]]:
-    blocks = Shares(slot_map, sender, CPU).blocks(torch.tensor(sizes))
+    blocks = Shares(slot_map, sender).blocks(torch.tensor(sizes))
     return blocks.starts.tolist(), blocks.counts.tolist()
 
 
