@@ -111,7 +111,7 @@ class Shares:
         self._tables = torch.tensor((slot_map.physical, turns, parts), dtype=torch.int64)
 
     def blocks(self, sizes: Tensor) -> Blocks:
-        """One block a physical slot, on the device of ``sizes``; that starts with the rows of each of the E logical experts, (E + ...,).
+        """One block a physical slot, on the device of ``sizes`` (E + ...,), whose first E are the rows of each expert.
 
         An expert's rows are split evenly: parts differ by one row at most.
         """

@@ -299,7 +299,7 @@ def test_the_composition_root_checks_the_store_against_the_exchange() -> None:
         run_ranks(2, lambda ranks: build(ranks, SlotMap.contiguous(6, 2), MoEOptions()))
     with pytest.raises(OptionError, match=message):
         run_ranks(2, lambda ranks: build(ranks, uneven, MoEOptions(gating="static")))
-    with pytest.raises(OptionError, match="layer.3 routes to 6 experts but has 4"):
+    with pytest.raises(OptionError, match=r"layer.3 routes to 6 experts but has 4"):
         build_layer(spec, MoEOptions(), torch.nn.Identity(), store)
 
 
