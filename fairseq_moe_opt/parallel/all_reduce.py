@@ -34,6 +34,8 @@ class OwnRows:
 class AllReduceExchange:
     """All ranks have the same tokens, and route them alike; results equal one rank's bit for bit without replicas.
 
+    Routing alike takes the same kernels on the same kind of device, which ``agree`` and ``follow_first`` see to: a row
+    that two ranks route differently would be computed twice, or not at all.
     Rows of a replicated expert are split among its replicas, which may change their last bits (1e-5 relative).
     """
 

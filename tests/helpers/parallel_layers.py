@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -81,6 +82,18 @@ def random_routing(
     index = index.masked_fill(padded.unsqueeze(1), num_experts)
     weight = torch.rand(num_tokens, top_k, generator=generator) * (index != num_experts)
     return Routing(index, weight, num_experts, None, first_come_slots(index, num_experts))
+
+
+def moved(routing: Routing, device: torch.device) -> Routing:
+    """The same routing on ``device``."""
+    return replace(routing, expert_index=routing.expert_index.to(device), weight=routing.weight.to(device), slot=None)
+
+
+def packed_on(packed: PackedExperts, device: torch.device) -> PackedExperts:
+    """The same experts on ``device``."""
+    assert packed.fc1_bias is not None and packed.fc2_bias is not None
+    tensors = (packed.fc1_weight, packed.fc1_bias, packed.fc2_weight, packed.fc2_bias)
+    return PackedExperts(*(tensor.to(device) for tensor in tensors))
 
 
 def part_of(routing: Routing, rows: slice) -> Routing:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -25,6 +25,7 @@ from fairseq_moe_opt.moe import (
     available_kernels,
 )
 from fairseq_moe_opt.moe.exchange_report import ExchangeCounters, ExchangeReport, Traffic
+from fairseq_moe_opt.moe.local_exchange import LocalExchange
 from fairseq_moe_opt.options import MoEOptions
 from fairseq_moe_opt.parallel import (
     AllReduceExchange,
@@ -37,7 +38,15 @@ from fairseq_moe_opt.parallel import (
 )
 from tests.helpers.compare import assert_close_relative
 from tests.helpers.layers import random_experts
-from tests.helpers.parallel_layers import dynamic_layer, experts_of, part_of, random_routing, static_layer
+from tests.helpers.parallel_layers import (
+    dynamic_layer,
+    experts_of,
+    moved,
+    packed_on,
+    part_of,
+    random_routing,
+    static_layer,
+)
 
 WIDTH = 8
 
@@ -227,6 +236,50 @@ def test_half_precision_travels_unchanged(dtype: torch.dtype) -> None:
     packed = random_experts(5, dtype=dtype)
     parts = own_tokens(SlotMap(5, ((4, 0), (1,), (3, 2))), packed, tokens, routing, [4, 0, 5], "loop")
     assert torch.equal(torch.cat([output for output, _ in parts]), on_one(packed, tokens, routing))
+
+
+@pytest.mark.parametrize("kind", [AllToAllExchange, AllReduceExchange, LocalExchange])
+def test_one_host_synchronisation_a_layer(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    synchronising = ("tolist", "item", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__index__")
+    calls: list[str] = []
+
+    def counted(name: str) -> Callable[..., object]:
+        original = getattr(torch.Tensor, name)
+
+        def call(self: Tensor, *arguments: object, **options: object) -> object:
+            calls.append(name)
+            return original(self, *arguments, **options)
+
+        return call
+
+    held = SlotMap(5, ((3, 1, 0, 4, 2),))
+    routing = random_routing(6, 5, 2, torch.Generator().manual_seed(1))
+
+    def body(ranks: FakeRanks) -> list[str]:
+        exchange = LocalExchange(5) if kind is LocalExchange else kind(ranks, held)
+        layer = dynamic_layer(random_experts(5), held.by_rank[0], exchange, 5, "loop")
+        with torch.no_grad(), monkeypatch.context() as patch:
+            for name in synchronising:
+                patch.setattr(torch.Tensor, name, counted(name))
+            layer.apply(torch.randn(6, WIDTH), routing)
+        return calls
+
+    assert run_ranks(1, body) == [["tolist"]]
+
+
+def test_on_the_chosen_device(device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(4)
+    routing = random_routing(12, 6, 2, generator, padding=0.2)
+    tokens = torch.randn(12, WIDTH, generator=generator)
+    packed = random_experts(6)
+    expected = on_one(packed, tokens, routing)
+    there = moved(routing, device)
+    on_device = packed_on(packed, device)
+    slot_map = SlotMap(6, ((5, 0, 3), (1, 2, 4)))
+    parts = own_tokens(slot_map, on_device, tokens.to(device), there, [7, 5], "loop")
+    assert_close_relative(torch.cat([output for output, _ in parts]).cpu(), expected)
+    for output, _ in same_tokens(slot_map, on_device, tokens.to(device), there):
+        assert_close_relative(output.cpu(), expected)
 
 
 def test_a_placement_for_another_number_of_ranks_is_refused() -> None:
