@@ -85,7 +85,7 @@ class FakeRanks:
         return cast("list[T]", values)
 
 
-def run_ranks(size: int, body: Callable[[FakeRanks], T], timeout: float = 60.0) -> list[T]:
+def run_ranks(size: int, body: Callable[[FakeRanks], T], timeout: float = 20.0) -> list[T]:
     """What ``body`` returns on each of ``size`` ranks; raises what the first failing rank raised.
 
     ``timeout`` is in seconds, for each collective. Modes such as ``torch.no_grad`` are a thread's own: set them within
