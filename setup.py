@@ -17,6 +17,7 @@ PACKAGES = [
     "fairseq_moe_opt.models",
     "fairseq_moe_opt.moe",
     "fairseq_moe_opt.moe.kernels",
+    "fairseq_moe_opt.parallel",
     "fairseq_moe_opt.placement",
     "fairseq_moe_opt.placement.strategies",
     "fairseq_moe_opt.tasks",

@@ -12,7 +12,7 @@ from fairseq_moe_opt.errors import OptionError
 from fairseq_moe_opt.moe.experts import NO_DROPOUT, ExpertDropout
 from fairseq_moe_opt.moe.kernels import choose_kernel
 from fairseq_moe_opt.moe.layer import LayerConfig, MoELayer
-from fairseq_moe_opt.moe.protocols import ExpertStore, RoutingObserver
+from fairseq_moe_opt.moe.protocols import ExpertStore, PaddedExchange, RoutingObserver, TokenExchange
 from fairseq_moe_opt.moe.report import LayerCounters
 from fairseq_moe_opt.moe.routing import GShardTop2Router, SoftmaxTopKRouter, Top1Router
 from fairseq_moe_opt.options import MoEOptions
@@ -60,12 +60,22 @@ def build_layer(
     gate: Callable[[Tensor], Tensor],
     store: ExpertStore,
     observers: Iterable[RoutingObserver] = (),
+    *,
+    exchange: TokenExchange | None = None,
+    padded_exchange: PaddedExchange | None = None,
 ) -> MoELayer:
-    """The layer that ``spec`` describes, run as ``options`` say, over ``gate`` and ``store``."""
-    if store.num_experts != spec.router.num_experts:
+    """The layer that ``spec`` describes, run as ``options`` say, over ``gate`` and ``store``.
+
+    With experts spread over ranks, ``exchange`` (``padded_exchange`` for static gating) reaches them, and ``store``
+    holds this rank's, by slot.
+    """
+    used = padded_exchange if options.gating == "static" else exchange
+    num_slots = spec.router.num_experts if used is None else used.num_slots
+    if store.num_experts != num_slots:
+        where = "" if used is None else f", {num_slots} of them on this rank,"
         raise OptionError(
             "num_experts",
-            f"{spec.name} routes to {spec.router.num_experts} experts but has {store.num_experts}",
+            f"{spec.name} routes to {spec.router.num_experts} experts{where} but has {store.num_experts}",
         )
     _require_expert_dtype(spec.name, options.expert_dtype, store.dtype)
     config = LayerConfig(
@@ -76,8 +86,18 @@ def build_layer(
         final_masking=spec.final_masking,
         dropout=spec.dropout,
     )
-    counters = LayerCounters(spec.name, spec.phase, spec.router.num_experts, options.profile)
-    return MoELayer(gate, _router(spec.router, options), store, config, counters, observers)
+    traffic = None if used is None else used.counters
+    counters = LayerCounters(spec.name, spec.phase, spec.router.num_experts, options.profile, exchange=traffic)
+    return MoELayer(
+        gate,
+        _router(spec.router, options),
+        store,
+        config,
+        counters,
+        observers,
+        exchange=exchange,
+        padded_exchange=padded_exchange,
+    )
 
 
 def _require_expert_dtype(layer: str, option: str, dtype: torch.dtype) -> None:

@@ -39,3 +39,7 @@ class KernelError(MoEError, RuntimeError):
 
 class PlacementError(MoEError, ValueError):
     """A placement, or a file of one, that is not valid or was made for another model or another number of ranks."""
+
+
+class ParallelError(MoEError, RuntimeError):
+    """Ranks that do not work together: one is gone, hangs, or was started with something else."""

@@ -8,46 +8,54 @@ Order of the sorted rows: by expert, and within an expert by token (then by choi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from fairseq_moe_opt.moe.types import Dispatch, Routing, Segment
+from fairseq_moe_opt.moe.types import Dispatch, Routing, Segment, SortedChoices
 
 
-def plan(routing: Routing) -> Dispatch:
-    """Group the choices of ``routing`` by expert. One host synchronisation: the copy of the E counts."""
+def sort(routing: Routing) -> SortedChoices:
+    """Group the choices of ``routing`` by expert, all on their device."""
     num_tokens, top_k = routing.expert_index.shape
     flat = routing.expert_index.reshape(-1)
     order = torch.argsort(flat, stable=True)
     sizes = torch.bincount(flat, minlength=routing.num_experts + 1)
     if routing.dropped is not None:
         sizes = torch.cat((sizes, routing.dropped.view(1)))
-    # The layer's one host synchronisation: sizes must be known on the host to slice rows.
-    on_host = sizes.tolist()
-    counts = tuple(on_host[: routing.num_experts])
-    dropped = 0 if routing.dropped is None else on_host[-1]
-    num_rows = sum(counts)
     position = torch.empty_like(flat)
     position[order] = torch.arange(flat.numel(), device=flat.device)
-    position = position.clamp_max_(num_rows).view(num_tokens, top_k)
-    return Dispatch(order[:num_rows] // top_k, position, counts, dropped)
+    return SortedChoices(order // top_k, position.view(num_tokens, top_k), sizes)
 
 
-def segments(dispatch: Dispatch) -> tuple[Segment, ...]:
-    """The non-empty runs of sorted rows, in ascending expert order."""
-    stops = accumulate(dispatch.counts)
+def settle(choices: SortedChoices, sizes: Sequence[int], num_experts: int) -> Dispatch:
+    """The plan, once ``choices.sizes`` are on the host."""
+    counts = tuple(sizes[:num_experts])
+    num_rows = sum(counts)
+    dropped = sizes[num_experts + 1] if len(sizes) > num_experts + 1 else 0
+    return Dispatch(choices.source[:num_rows], choices.position.clamp_max(num_rows), counts, dropped)
+
+
+def plan(routing: Routing) -> Dispatch:
+    """Both steps in one, for work that goes nowhere. One host synchronisation: the copy of the sizes."""
+    choices = sort(routing)
+    return settle(choices, choices.sizes.tolist(), routing.num_experts)
+
+
+def segments(counts: Sequence[int]) -> tuple[Segment, ...]:
+    """The non-empty runs of rows of which the first ``counts[0]`` are expert 0's, and so on."""
     return tuple(
         Segment(expert, stop - count, stop)
-        for expert, (count, stop) in enumerate(zip(dispatch.counts, stops, strict=True))
+        for expert, (count, stop) in enumerate(zip(counts, accumulate(counts), strict=True))
         if count
     )
 
 
-def gather(tokens: Tensor, dispatch: Dispatch) -> Tensor:
-    """(T, D) tokens to (R, D) rows sorted by expert."""
-    return tokens.index_select(0, dispatch.source)
+def gather(tokens: Tensor, source: Tensor, num_rows: int | None = None) -> Tensor:
+    """(T, D) tokens to rows, those that ``source`` names: the first ``num_rows`` of them, or all."""
+    return tokens.index_select(0, source[:num_rows])
 
 
 def combine(rows: Tensor, dispatch: Dispatch, weight: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
-"""The Mixture-of-Experts layer: router -> dispatch -> experts -> combine."""
+"""The Mixture-of-Experts layer: router -> dispatch -> exchange -> experts -> exchange -> combine."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,7 +12,15 @@ from torch import Tensor
 from fairseq_moe_opt.moe import dispatch as dispatching
 from fairseq_moe_opt.moe.experts import NO_DROPOUT, ExpertDropout, check_activation, compute_dtype, expert_ffn
 from fairseq_moe_opt.moe.kernels import choose_kernel, get_kernel
-from fairseq_moe_opt.moe.protocols import ExpertKernel, ExpertStore, Router, RoutingObserver
+from fairseq_moe_opt.moe.local_exchange import LocalExchange, LocalPaddedExchange
+from fairseq_moe_opt.moe.protocols import (
+    ExpertKernel,
+    ExpertStore,
+    PaddedExchange,
+    Router,
+    RoutingObserver,
+    TokenExchange,
+)
 from fairseq_moe_opt.moe.report import LayerCounters
 from fairseq_moe_opt.moe.static_gating import static_moe
 from fairseq_moe_opt.moe.types import Dispatch, Routing, Segment
@@ -56,7 +64,8 @@ class MoELayer:
     """One layer over (T, D) tokens.
 
     It owns no parameters: ``gate`` maps tokens to (T, E) logits and ``store`` gives experts, so a host model keeps its
-    own modules and state dict.
+    own modules and state dict. Experts may be spread over ranks: ``exchange`` (``padded_exchange`` for static gating)
+    then brings rows to them, and ``store`` holds this rank's alone, by slot.
     """
 
     def __init__(
@@ -67,7 +76,12 @@ class MoELayer:
         config: LayerConfig,
         counters: LayerCounters,
         observers: Iterable[RoutingObserver] = (),
+        *,
+        exchange: TokenExchange | None = None,
+        padded_exchange: PaddedExchange | None = None,
     ) -> None:
+        self.exchange = exchange or LocalExchange(router.num_experts)
+        self.padded_exchange = padded_exchange or LocalPaddedExchange(router.num_experts)
         self.router = router
         self.store = store
         self.config = config
@@ -100,39 +114,43 @@ class MoELayer:
 
     def apply(self, tokens: Tensor, routing: Routing, *, training: bool = False) -> Tensor:
         """Everything after routing: (T, D) tokens sent as ``routing`` says, back as (T, D)."""
+        dropout = self.config.dropout if training else NO_DROPOUT
+        compute = self._static if self.config.gating == "static" else self._dynamic
+        return self._final(compute(tokens, routing, self._masked(routing, training), dropout), training)
+
+    def _static(self, tokens: Tensor, routing: Routing, masked: Routing, dropout: ExpertDropout) -> Tensor:
         with self.counters.timed("dispatch", tokens.device):
             plan = dispatching.plan(routing)
-        dropout = self.config.dropout if training else NO_DROPOUT
+        with self.counters.timed("experts", tokens.device):
+            output, computed = static_moe(
+                tokens, masked, self.store, self.config.activation, self.padded_exchange, dropout
+            )
+        self._count(tokens, routing, plan, computed, "static")
+        return output
+
+    def _dynamic(self, tokens: Tensor, routing: Routing, masked: Routing, dropout: ExpertDropout) -> Tensor:
         # Kernels compute no dropout.
         autograd = dropout.is_on or self._wants_autograd(tokens)
-        self._count(tokens, routing, plan, autograd)
-        routing = self._masked(routing, training)
-        if self.config.gating == "static":
-            with self.counters.timed("experts", tokens.device):
-                output = static_moe(tokens, routing, self.store, self.config.activation, dropout)
-        else:
-            compute = functools.partial(self._experts_autograd, dropout) if autograd else self._experts
-            output = self._dynamic(tokens, routing, plan, compute)
-        return self._final(output, training)
-
-    def _dynamic(
-        self,
-        tokens: Tensor,
-        routing: Routing,
-        plan: Dispatch,
-        compute: Callable[[Tensor, tuple[Segment, ...]], Tensor],
-    ) -> Tensor:
         with self.counters.timed("dispatch", tokens.device):
-            rows = dispatching.gather(tokens.to(compute_dtype(self.store.dtype, tokens.dtype)), plan)
+            rows = tokens.to(compute_dtype(self.store.dtype, tokens.dtype))
+            choices = dispatching.sort(routing)
+            arrival = self.exchange.dispatch(choices.sizes, partial(dispatching.gather, rows, choices.source))
+            plan = dispatching.settle(choices, arrival.sizes, routing.num_experts)
+        kernel = "autograd" if autograd else self._kernel(tokens).name
+        self._count(tokens, routing, plan, arrival.rows.shape[0], kernel)
         with self.counters.timed("experts", tokens.device):
-            results = compute(rows, dispatching.segments(plan))
+            compute = partial(self._experts_autograd, dropout) if autograd else self._experts
+            results = compute(arrival.rows, dispatching.segments(arrival.counts))
         with self.counters.timed("combine", tokens.device):
-            return dispatching.combine(results.to(tokens.dtype), plan, routing.weight)
+            returned = self.exchange.combine(results, arrival.state).to(tokens.dtype)
+            return dispatching.combine(returned, plan, masked.weight)
 
     def _experts(self, rows: Tensor, segments: tuple[Segment, ...]) -> Tensor:
         """(R, D) sorted rows to (R + 1, D) results; the last row is zero, for choices that are not computed."""
         results = rows.new_empty(rows.shape[0] + 1, rows.shape[1])
         results[-1] = 0
+        if not segments:  # nothing was sent here, or no expert is
+            return results
         kernel = self._kernel(rows)
         by_expert = {segment.expert: segment for segment in segments}
         for wave in self.store.waves(tuple(by_expert)):
@@ -163,14 +181,9 @@ class MoELayer:
             self._kernels[key] = choose_kernel(self.config.kernel, *key).name
         return get_kernel(self._kernels[key])
 
-    def _count(self, tokens: Tensor, routing: Routing, plan: Dispatch, autograd: bool) -> None:
-        num_tokens, computed = tokens.shape[0], plan.num_rows
-        if self.config.gating == "static":
-            name, capacity = "static", num_tokens if routing.capacity is None else routing.capacity
-            computed = routing.num_experts * capacity
-        else:
-            name = "autograd" if autograd else self._kernel(tokens).name
-        self.counters.add(num_tokens, plan, computed, name)
+    def _count(self, tokens: Tensor, routing: Routing, plan: Dispatch, computed: int, kernel: str) -> None:
+        """Count the sender's tokens and choices, and the rows this rank computes, whoever sent them."""
+        self.counters.add(tokens.shape[0], plan, computed, kernel)
         for observer in self._observers:
             observer.observe(self.counters.name, routing, plan)
 

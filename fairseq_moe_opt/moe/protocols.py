@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from fairseq_moe_opt.moe.types import Dispatch, ExpertWave, Routing, Segment
+from fairseq_moe_opt.moe.exchange_report import ExchangeCounters
+from fairseq_moe_opt.moe.types import Arrival, Dispatch, ExpertWave, Routing, Segment
 
 
 class Router(Protocol):
@@ -52,6 +53,61 @@ class ExpertStore(Protocol):
 
     def waves(self, needed: Sequence[int]) -> Iterator[ExpertWave]:
         """Give every expert of ``needed`` (ascending, no repeats) exactly once, in as many waves as memory asks for."""
+
+
+class TokenExchange(Protocol):
+    """Brings rows to the ranks that hold their experts, and results back. A world of one is an exchange too.
+
+    All ranks call both verbs equally often, in the same order, whether they have rows or not.
+    """
+
+    @property
+    def num_slots(self) -> int:
+        """E_local: experts this rank holds."""
+
+    @property
+    def counters(self) -> ExchangeCounters | None:
+        """What it sends and receives is added to these; None where nothing ever leaves."""
+
+    def dispatch(self, sizes: Tensor, gather: Callable[[int | None], Tensor]) -> Arrival:
+        """Send rows to their experts.
+
+        Args:
+            sizes: ``SortedChoices.sizes``: rows of each logical expert, on the device, then what the caller wants on
+                the host with the same copy.
+            gather: gives the first n rows, or all of them for None, sorted by logical expert, (n, D). It is a function
+                so that it can run while the counts are on their way.
+
+        Raises ParallelError when another rank does not take part.
+        """
+
+    def combine(self, results: Tensor, state: object) -> Tensor:
+        """Send results back to where their rows came from, in the sender's order.
+
+        ``results`` is (R + 1, D), in the order of ``Arrival.rows``, its last row zero; returns (n + 1, D), of as many
+        rows as the sender's experts have in ``sizes``, and the zero row again, which choices not computed read.
+        """
+
+
+class PaddedExchange(Protocol):
+    """The static baseline's exchange: equal blocks of C rows an expert, whatever is in them."""
+
+    @property
+    def num_slots(self) -> int:
+        """E_local: experts this rank holds."""
+
+    @property
+    def counters(self) -> ExchangeCounters | None:
+        """As for ``TokenExchange``."""
+
+    def capacity(self, own: int) -> int:
+        """C on all ranks: the largest of what each of them needs."""
+
+    def dispatch(self, buffers: Tensor) -> Tensor:
+        """(E, C, D) buffers of this rank's tokens to (E_local, W * C, D), by local expert and source rank."""
+
+    def combine(self, outputs: Tensor) -> Tensor:
+        """(E_local, W * C, D) back to (E, C, D)."""
 
 
 class ExpertKernel(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import resource
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from fairseq_moe_opt.moe.exchange_report import ExchangeCounters, ExchangeReport
 from fairseq_moe_opt.moe.types import Dispatch
 
 STEPS = ("routing", "dispatch", "experts", "combine")
@@ -30,15 +32,16 @@ class LayerReport:
         name: the layer's name in its model.
         phase: ``encoder`` or ``decoder``.
         calls: forwards.
-        tokens: rows it was given, padding included, over all calls.
+        tokens: rows it was given on this rank, padding included, over all calls.
         routed_rows: expert rows the router asked for (padding not counted).
         dropped_rows: those of them lost to capacity.
-        computed_rows: expert rows that went through an FFN; static gating computes E * C a call.
+        computed_rows: expert rows that went through an FFN on this rank; static gating computes E * C a call.
         active_experts: mean over calls of the experts with at least one row.
         max_active_experts: the largest of them.
         expert_rows: rows of each expert over all calls, length E.
         seconds: wall time by step, empty unless profiling was on.
         kernels: what ran: names of kernels, ``static``, or ``autograd`` where gradients were wanted.
+        exchange: what was sent to and received from other ranks; None where all experts are on this one.
     """
 
     name: str
@@ -53,6 +56,7 @@ class LayerReport:
     expert_rows: tuple[int, ...]
     seconds: dict[str, float]
     kernels: tuple[str, ...]
+    exchange: ExchangeReport | None = None
 
 
 @dataclass
@@ -63,6 +67,7 @@ class LayerCounters:
     phase: str
     num_experts: int
     profile: bool = False
+    exchange: ExchangeCounters | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def __post_init__(self) -> None:
@@ -76,6 +81,8 @@ class LayerCounters:
             self._rows = [0] * self.num_experts
             self._seconds = dict.fromkeys(STEPS, 0.0) if self.profile else {}
             self._kernels: dict[str, None] = {}
+        if self.exchange is not None:
+            self.exchange.reset()
 
     def add(self, num_tokens: int, dispatch: Dispatch, computed_rows: int, kernel: str) -> None:
         """Count one forward of ``num_tokens`` tokens."""
@@ -107,14 +114,17 @@ class LayerCounters:
             self._seconds[step] += time.perf_counter() - start
 
     def __deepcopy__(self, memo: dict[int, object]) -> LayerCounters:
-        return LayerCounters(self.name, self.phase, self.num_experts, self.profile)
+        # The copied exchange adds to the same copy of its counters: deepcopy remembers it.
+        exchange = copy.deepcopy(self.exchange, memo)
+        return LayerCounters(self.name, self.phase, self.num_experts, self.profile, exchange=exchange)
 
-    def __reduce__(self) -> tuple[type[LayerCounters], tuple[str, str, int, bool]]:
+    def __reduce__(self) -> tuple[type[LayerCounters], tuple[str, str, int, bool, ExchangeCounters | None]]:
         # A copied or pickled model starts counting afresh; a lock cannot travel anyway.
-        return LayerCounters, (self.name, self.phase, self.num_experts, self.profile)
+        return LayerCounters, (self.name, self.phase, self.num_experts, self.profile, self.exchange)
 
     def snapshot(self) -> LayerReport:
         """The sums so far."""
+        exchange = None if self.exchange is None else self.exchange.snapshot()
         with self._lock:
             return LayerReport(
                 self.name,
@@ -129,6 +139,7 @@ class LayerCounters:
                 tuple(self._rows),
                 dict(self._seconds),
                 tuple(self._kernels),
+                exchange=exchange,
             )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fairseq_moe_opt.moe.experts import NO_DROPOUT, ExpertDropout, compute_dtype, expert_ffn
-from fairseq_moe_opt.moe.protocols import ExpertStore
+from fairseq_moe_opt.moe.protocols import ExpertStore, PaddedExchange
 from fairseq_moe_opt.moe.types import Routing
 
 
@@ -37,24 +37,40 @@ def combine_weights(routing: Routing, capacity: int) -> Tensor:
     return total
 
 
-def static_moe(
-    tokens: Tensor, routing: Routing, store: ExpertStore, activation: str, dropout: ExpertDropout = NO_DROPOUT
-) -> Tensor:
-    """(T, D) tokens through all E experts at C rows each; returns (T, D). Differentiable.
+def own_capacity(num_tokens: int, capacity: int | None) -> int:
+    """C that these tokens alone need: the routing's, or T when it drops nothing, the least that never overflows."""
+    if num_tokens == 0 or capacity is None:
+        return num_tokens
+    return max(1, capacity)
 
-    C is the routing's capacity, or T when it drops nothing (the smallest fixed size that can never overflow).
+
+def static_moe(
+    tokens: Tensor,
+    routing: Routing,
+    store: ExpertStore,
+    activation: str,
+    exchange: PaddedExchange,
+    dropout: ExpertDropout = NO_DROPOUT,
+) -> tuple[Tensor, int]:
+    """(T, D) tokens through all experts at C rows each, agreed among ranks; differentiable on one rank.
+
+    Ranks with fewer tokens pad to the C of the largest one, as the branches do; unlike there, each rank drops by its
+    own capacity. Returns (T, D), and the rows that this rank computed.
     """
     num_tokens, width = tokens.shape
-    if num_tokens == 0:
-        return torch.zeros_like(tokens)
-    capacity = max(1, num_tokens if routing.capacity is None else routing.capacity)
+    num_experts = routing.num_experts
+    capacity = exchange.capacity(own_capacity(num_tokens, routing.capacity))
+    if capacity == 0:
+        return torch.zeros_like(tokens), 0
     combine = combine_weights(routing, capacity).to(tokens.dtype)
-    dispatch = combine.bool().permute(1, 2, 0).reshape(routing.num_experts * capacity, num_tokens)
-    buffers = torch.mm(dispatch.to(tokens.dtype), tokens).view(routing.num_experts, capacity, width)
-    buffers = buffers.to(compute_dtype(store.dtype, tokens.dtype))
+    dispatch = combine.bool().permute(1, 2, 0).reshape(num_experts * capacity, num_tokens)
+    buffers = torch.mm(dispatch.to(tokens.dtype), tokens).view(num_experts, capacity, width)
+    arrived = exchange.dispatch(buffers.to(compute_dtype(store.dtype, tokens.dtype)))
     outputs: dict[int, Tensor] = {}
-    for wave in store.waves(range(routing.num_experts)):
+    for wave in store.waves(range(arrived.shape[0])):
         for expert, weights in zip(wave.experts, wave.weights, strict=True):
-            outputs[expert] = expert_ffn(buffers[expert], weights, activation, dropout)
-    stacked = torch.cat([outputs[expert] for expert in range(routing.num_experts)]).to(tokens.dtype)
-    return torch.mm(combine.reshape(num_tokens, routing.num_experts * capacity), stacked)
+            outputs[expert] = expert_ffn(arrived[expert], weights, activation, dropout)
+    stacked = torch.stack([outputs[expert] for expert in range(arrived.shape[0])])
+    returned = exchange.combine(stacked).reshape(-1, width).to(tokens.dtype)
+    output = torch.mm(combine.reshape(num_tokens, num_experts * capacity), returned)
+    return output, arrived.shape[0] * arrived.shape[1]

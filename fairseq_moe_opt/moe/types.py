@@ -9,7 +9,8 @@ F     width of an expert's hidden layer (the paper's HD)
 E     experts of the layer
 K     experts a token chooses
 N     routed rows, T * K
-R     rows an expert FFN really computes: N less the dropped ones
+R     rows an expert FFN really computes: N less the dropped ones, or those that arrived from all ranks
+W     ranks that share the experts
 ====  =====================================================================
 
 A choice that must not be computed (padding, over capacity, second expert not sampled) has ``expert_index == E`` and
@@ -52,6 +53,22 @@ class Routing:
 
 
 @dataclass(frozen=True)
+class SortedChoices:
+    """Choices grouped by expert, before anything is known on the host.
+
+    Attributes:
+        source: (N,) int64, the token each choice is read from, sorted by expert; those not computed are the tail.
+        position: (T, K) int64, place of each choice in that order.
+        sizes: (E + 1,) int64, choices of each expert, then those not computed; one number more where choices were lost
+            to capacity: how many.
+    """
+
+    source: Tensor
+    position: Tensor
+    sizes: Tensor
+
+
+@dataclass(frozen=True)
 class Dispatch:
     """The plan that groups routed rows by expert.
 
@@ -71,6 +88,23 @@ class Dispatch:
     def num_rows(self) -> int:
         """R."""
         return self.source.shape[0]
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """Rows at the rank that computes them.
+
+    Attributes:
+        rows: (R, D), sorted by local slot.
+        counts: rows of each local slot, on the host.
+        sizes: the sender's ``SortedChoices.sizes``, on the host with the same copy.
+        state: what the exchange needs to send results back; nobody else opens it.
+    """
+
+    rows: Tensor
+    counts: tuple[int, ...]
+    sizes: tuple[int, ...]
+    state: object
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,96 @@
+"""What a layer sent to other ranks and received from them, by direction, and what it computed for them."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+COUNTS, DISPATCH, COMBINE = "counts", "dispatch", "combine"
+DIRECTIONS = (COUNTS, DISPATCH, COMBINE)
+"""Sizes of what follows, rows to their experts, results back."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What was handed to collectives in one direction, and what came out of them.
+
+    The rank's own share takes part in an all-to-all like any other: it is in the totals, and left out of ``leaving``
+    and ``arriving``. Of an all-reduce, what is handed over counts as leaving and arriving once.
+
+    Attributes:
+        calls: collectives.
+        elements_sent: numbers handed over, of all dtypes.
+        elements_received: numbers received.
+        bytes_sent: handed over.
+        bytes_received: received.
+        bytes_leaving: of those sent, to other ranks.
+        bytes_arriving: of those received, from other ranks.
+    """
+
+    calls: int = 0
+    elements_sent: int = 0
+    elements_received: int = 0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    bytes_leaving: int = 0
+    bytes_arriving: int = 0
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
+
+
+@dataclass(frozen=True)
+class ExchangeReport:
+    """What a layer's exchange did.
+
+    Attributes:
+        kind: of exchange: ``all-to-all``, ``all-reduce``, ``padded``.
+        rank: of this process among those that share the experts.
+        num_ranks: W.
+        traffic: by direction.
+        slot_rows: rows that this rank computed, for whomever, by local slot.
+    """
+
+    kind: str
+    rank: int
+    num_ranks: int
+    traffic: dict[str, Traffic]
+    slot_rows: tuple[int, ...]
+
+
+class ExchangeCounters:
+    """Running sums of one layer's exchange; safe to add to from several threads."""
+
+    def __init__(self, kind: str, rank: int, num_ranks: int, num_slots: int) -> None:
+        self._identity = (kind, rank, num_ranks)
+        self._num_slots = num_slots
+        self._lock = threading.Lock()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything counted so far."""
+        with self._lock:
+            self._traffic = dict.fromkeys(DIRECTIONS, Traffic())
+            self._rows = [0] * self._num_slots
+
+    def add(self, direction: str, traffic: Traffic) -> None:
+        """Count one collective."""
+        with self._lock:
+            self._traffic[direction] += traffic
+
+    def add_rows(self, counts: tuple[int, ...]) -> None:
+        """Count the rows of each local slot that arrived to be computed."""
+        with self._lock:
+            self._rows = [total + count for total, count in zip(self._rows, counts, strict=True)]
+
+    def __deepcopy__(self, memo: dict[int, object]) -> ExchangeCounters:
+        return ExchangeCounters(*self._identity, self._num_slots)
+
+    def __reduce__(self) -> tuple[type[ExchangeCounters], tuple[str, int, int, int]]:
+        # As for LayerCounters: a copied or pickled model starts counting afresh.
+        return ExchangeCounters, (*self._identity, self._num_slots)
+
+    def snapshot(self) -> ExchangeReport:
+        """The sums so far."""
+        with self._lock:
+            return ExchangeReport(*self._identity, dict(self._traffic), tuple(self._rows))
