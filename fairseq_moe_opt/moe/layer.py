@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fairseq_moe_opt.errors import KernelError
 from fairseq_moe_opt.moe import dispatch as dispatching
 from fairseq_moe_opt.moe.experts import check_activation, expert_ffn
 from fairseq_moe_opt.moe.kernels import choose_kernel, get_kernel
@@ -124,7 +125,7 @@ class MoELayer:
         results[-1] = 0
         kernel = self._kernel(rows)
         by_expert = {segment.expert: segment for segment in segments}
-        for wave in self.store.waves(tuple(by_expert)):
+        for wave in self.store.waves(tuple(by_expert), rows.shape[0]):
             due = tuple(by_expert[expert] for expert in wave.experts)
             kernel.run(rows, due, wave, self.config.activation, results[:-1])
         return results
@@ -133,7 +134,7 @@ class MoELayer:
         """The same with gradients (and under autocast): segment results concatenated instead of written in place."""
         by_expert = {segment.expert: segment for segment in segments}
         parts: dict[int, Tensor] = {}
-        for wave in self.store.waves(tuple(by_expert)):
+        for wave in self.store.waves(tuple(by_expert), rows.shape[0]):
             for expert, weights in zip(wave.experts, wave.weights, strict=True):
                 here = slice(by_expert[expert].start, by_expert[expert].stop)
                 parts[expert] = expert_ffn(rows[here], weights, self.config.activation).to(rows.dtype)
@@ -142,7 +143,13 @@ class MoELayer:
     def _wants_autograd(self, tokens: Tensor) -> bool:
         if torch.is_autocast_enabled(tokens.device.type):
             return True
-        return torch.is_grad_enabled() and (tokens.requires_grad or self.store.trainable)
+        wanted = torch.is_grad_enabled() and (tokens.requires_grad or self.store.trainable)
+        if wanted and self.store.transient:
+            raise KernelError(
+                f"{self.counters.name}: gradients are wanted, but buffered experts are overwritten after use; "
+                "run under torch.no_grad(), or load with expert_memory='all'"
+            )
+        return wanted
 
     def _kernel(self, rows: Tensor) -> ExpertKernel:
         key = (rows.device, rows.dtype)

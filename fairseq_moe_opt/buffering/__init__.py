@@ -1,0 +1,36 @@
+"""Expert buffering: where an expert's weights live when not all of them fit. In torch alone.
+
+A pool of equal slots on the device holds the experts in use; a policy decides what makes room; readers fetch what is
+missing while resident experts are computed. The paper's section 3, with everything it leaves open.
+"""
+
+from fairseq_moe_opt.buffering.devices import DeviceLink, link_to
+from fairseq_moe_opt.buffering.policies import BELADY, DEFAULT_POLICY, POLICIES, find_policy
+from fairseq_moe_opt.buffering.pool import GLOBAL, PER_LAYER, POOLS, ExpertPool, PooledLayer
+from fairseq_moe_opt.buffering.simulate import SimulatedLayer, simulate
+from fairseq_moe_opt.buffering.sizes import check_size, num_slots, parse_size, readable_size
+from fairseq_moe_opt.buffering.slots import SlotArena, SlotLayout
+from fairseq_moe_opt.buffering.store import BufferedExperts
+
+__all__ = [
+    "BELADY",
+    "DEFAULT_POLICY",
+    "GLOBAL",
+    "PER_LAYER",
+    "POLICIES",
+    "POOLS",
+    "BufferedExperts",
+    "DeviceLink",
+    "ExpertPool",
+    "PooledLayer",
+    "SimulatedLayer",
+    "SlotArena",
+    "SlotLayout",
+    "check_size",
+    "find_policy",
+    "link_to",
+    "num_slots",
+    "parse_size",
+    "readable_size",
+    "simulate",
+]

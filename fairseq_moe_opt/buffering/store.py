@@ -1,0 +1,50 @@
+"""The engine's expert store over a pool: a layer asks for experts and gets them in waves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from fairseq_moe_opt.buffering.pool import ExpertPool, PooledLayer, Slot
+from fairseq_moe_opt.buffering.visit import Visit
+from fairseq_moe_opt.moe.types import ExpertKey, ExpertWave
+
+
+class BufferedExperts:
+    """The experts of one layer, in the slots that it shares with other layers.
+
+    Waves are split by expert, never within one, and what is resident comes first; a wave's weights are overwritten
+    after the next one was asked for. May be used by several threads at once.
+    """
+
+    def __init__(self, pool: ExpertPool, layer: PooledLayer) -> None:
+        self.pool, self.layer = pool, layer
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.layer.num_experts
+
+    @property
+    def trainable(self) -> bool:
+        """False: weights are only ever read."""
+        return False
+
+    @property
+    def transient(self) -> bool:
+        """True: slots are used again."""
+        return True
+
+    def waves(self, needed: Sequence[int], rows: int | None = None) -> Iterator[ExpertWave]:
+        """Give every expert of ``needed`` exactly once; CheckpointError when one cannot be fetched."""
+        if needed:
+            for wave in Visit(self.pool, self.layer, needed).waves():
+                yield _wave(wave)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> BufferedExperts:
+        # Experts never change, so a copied model shares them, and their pool.
+        return self
+
+
+def _wave(slots: dict[ExpertKey, Slot]) -> ExpertWave:
+    weights = tuple(slot.weights for slot in slots.values() if slot.weights is not None)
+    return ExpertWave(tuple(key.expert for key in slots), weights)
