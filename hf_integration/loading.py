@@ -20,11 +20,13 @@ from transformers.models.nllb_moe.modeling_nllb_moe import (
     NllbMoeSinusoidalPositionalEmbedding,
 )
 
+from fairseq_moe_opt.build import ExpertBuffer, build_buffer
 from fairseq_moe_opt.checkpoints import CheckpointIndex, open_index, read_tensor
 from fairseq_moe_opt.errors import CheckpointError, NoMoELayerError, OptionError
 from fairseq_moe_opt.options import MoEOptions
+from hf_integration.buffered import keep_in_files
 from hf_integration.families import nllb_moe
-from hf_integration.optimize import optimize
+from hf_integration.optimize import install
 
 logger = logging.getLogger(__name__)
 
@@ -52,20 +54,39 @@ def from_pretrained(
     Raises CheckpointError for a missing, truncated or foreign checkpoint, NoMoELayerError for another kind of model,
     OptionError for a wrong option; options are checked before the first weight is read.
     """
-    MoEOptions.from_kwargs(**options)
+    wanted = MoEOptions.from_kwargs(**options)
     folder = local_folder(path_or_id)
     config = read_config(folder)
     index = open_index(folder)
-    target_dtype = _resolve_dtype(dtype, config)
+    target_dtype, target = _resolve_dtype(dtype, config), torch.device(device or "cpu")
     with torch.device("meta"):
         model = MODEL_CLASSES[config.model_type](config)
-    _load_weights(model, index, target_dtype, torch.device(device or "cpu"))
+    names = _checkpoint_names(model, index)
+    buffer = _buffer(model, index, names, wanted, target, target_dtype) if wanted.buffered else None
+    _load_weights(model, index, names, target_dtype, target, experts=buffer is None)
     model.config._name_or_path = str(path_or_id)
     model.config.dtype = target_dtype
     _load_generation_config(model, folder)
     model.eval()
-    optimize(model, **options)
+    handle = install(model, wanted, buffer)
+    if buffer is not None:
+        experts = {name: nllb_moe.expert_pairs(block) for name, block in nllb_moe.sparse_blocks(model).items()}
+        keep_in_files(model, experts, buffer.stores, handle.patches, target, target_dtype)
     return model
+
+
+def _buffer(
+    model: PreTrainedModel,
+    index: CheckpointIndex,
+    names: Mapping[str, str],
+    options: MoEOptions,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> ExpertBuffer:
+    """Slots for the experts, which stay where they are in the files."""
+
+    layers = nllb_moe.expert_layers(model, lambda name: index[names[name]])
+    return build_buffer(layers, options, device, dtype)
 
 
 def local_folder(path_or_id: str | Path) -> Path:
@@ -119,20 +140,40 @@ def _resolve_dtype(dtype: torch.dtype | str | None, config: PreTrainedConfig) ->
     return resolved
 
 
-def _load_weights(model: PreTrainedModel, index: CheckpointIndex, dtype: torch.dtype, device: torch.device) -> None:
-    """Give every parameter of a storage-less ``model`` its memory and read it there."""
-    names = _checkpoint_names(model, index)
+def _load_weights(
+    model: PreTrainedModel,
+    index: CheckpointIndex,
+    names: Mapping[str, str],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    experts: bool,
+) -> None:
+    """Give every parameter of a storage-less ``model`` its memory and read it there; experts only when asked to."""
+    left_out = set() if experts else _expert_parameters(model)
     for name, stored in names.items():
         module, _, leaf = name.rpartition(".")
         record = index[stored]
-        value = torch.empty(record.shape, dtype=dtype, device=device)
         _expect_shape(model, name, record.shape, index)
-        setattr(model.get_submodule(module), leaf, nn.Parameter(read_tensor(record, out=value)))
+        if name in left_out:
+            value = torch.empty(record.shape, dtype=dtype, device="meta")
+        else:
+            value = read_tensor(record, out=torch.empty(record.shape, dtype=dtype, device=device))
+        setattr(model.get_submodule(module), leaf, nn.Parameter(value))
     model.tie_weights()
     _make_buffers(model, dtype, device)
-    left = [name for name, tensor in _tensors(model) if tensor.device.type == "meta"]
+    left = [name for name, tensor in _tensors(model) if tensor.device.type == "meta" and name not in left_out]
     if left:
         raise CheckpointError(index.path, f"lacks {len(left)} tensors the model needs, first {left[0]!r}")
+
+
+def _expert_parameters(model: PreTrainedModel) -> set[str]:
+    """Names of the parameters of all experts."""
+    return {
+        f"{block_name}.experts.{name}"
+        for block_name, block in nllb_moe.sparse_blocks(model).items()
+        for name, _ in block.experts.named_parameters()
+    }
 
 
 def _checkpoint_names(model: PreTrainedModel, index: CheckpointIndex) -> dict[str, str]:

@@ -8,7 +8,6 @@ from fairseq_moe_opt.buffering.devices import DeviceLink, link_to
 from fairseq_moe_opt.buffering.policies import BELADY, DEFAULT_POLICY, POLICIES, find_policy
 from fairseq_moe_opt.buffering.pool import GLOBAL, PER_LAYER, POOLS, ExpertPool, PooledLayer
 from fairseq_moe_opt.buffering.simulate import SimulatedLayer, simulate
-from fairseq_moe_opt.buffering.sizes import check_size, num_slots, parse_size, readable_size
 from fairseq_moe_opt.buffering.slots import SlotArena, SlotLayout
 from fairseq_moe_opt.buffering.store import BufferedExperts
 
@@ -26,11 +25,7 @@ __all__ = [
     "SimulatedLayer",
     "SlotArena",
     "SlotLayout",
-    "check_size",
     "find_policy",
     "link_to",
-    "num_slots",
-    "parse_size",
-    "readable_size",
     "simulate",
 ]

@@ -136,7 +136,7 @@ class ExpertPool:
         self._readers = Readers(readers)
         self._depth = depth
         self._expected: set[ExpertKey] = set()
-        self.workspace_slots = readers
+        self.num_readers = readers
 
     def group(self, layer: PooledLayer) -> Group:
         """The slots that ``layer`` uses."""
@@ -150,6 +150,11 @@ class ExpertPool:
     def mark(self) -> Mark | None:
         """The device's mark behind what the caller has computed so far."""
         return self._link.mark()
+
+    def read(self, key: ExpertKey, into: ExpertWeights) -> ExpertRead:
+        """Fetch ``key`` from where misses come from into memory outside the pool."""
+        with torch.no_grad():
+            return self._source.load(key, into)
 
     # What follows is called with the lock held.
 

@@ -142,8 +142,8 @@ def convert(
 ) -> None:
     """Write a checkpoint as a Transformers folder: safetensors, configuration, tokenizer."""
     from fairseq_moe_opt.checkpoints import convert as convert_checkpoint
-    from fairseq_moe_opt.cli.info import readable
     from fairseq_moe_opt.cli.progress import status
+    from fairseq_moe_opt.sizes import readable
 
     with status(f"converting {src}"):
         done = convert_checkpoint(

@@ -16,7 +16,13 @@ from fairseq_moe_opt.options import MoEOptions, field_choices, field_help
 PREFIX = "moe_"
 PANEL = "Mixture-of-Experts runtime"
 PARAMETER = "moe_options"
-_METAVARS: Mapping[str, str] = {"report": "FILE"}
+_METAVARS: Mapping[str, str] = {
+    "report": "FILE",
+    "trace": "FILE",
+    "warm_start": "FILE",
+    "expert_memory": "SIZE",
+    "host_memory": "SIZE",
+}
 
 
 class Dtype(str, enum.Enum):

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fairseq_moe_opt.errors import CheckpointError
+from fairseq_moe_opt.sizes import readable
 
 if TYPE_CHECKING:
     from fairseq_moe_opt.checkpoints import CheckpointIndex, TensorRecord
@@ -166,16 +167,6 @@ def render_info(info: CheckpointInfo, console: Console) -> None:
 def info_as_json(info: CheckpointInfo) -> str:
     """``info`` as JSON."""
     return json.dumps(asdict(info), indent=2)
-
-
-def readable(nbytes: int) -> str:
-    """``25.6 MiB``."""
-    size, unit = float(nbytes), "B"
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if size < 1024 or unit == "TiB":
-            break
-        size /= 1024
-    return f"{nbytes} B" if unit == "B" else f"{size:.1f} {unit}"
 
 
 def _facts(info: CheckpointInfo) -> Iterable[tuple[str, str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from fairseq_moe_opt.moe.types import ExpertRead
 
@@ -55,6 +55,36 @@ class CacheReport:
     def recall(self) -> float:
         """Which share of the experts asked for had been predicted, in forwards with a prediction."""
         return _share(self.predicted_right, self.predicted_of)
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values, the rates among them."""
+        rates = {"miss_rate": self.miss_rate, "precision": self.precision, "recall": self.recall}
+        return {**asdict(self), **rates}
+
+
+@dataclass(frozen=True)
+class BufferReport:
+    """The memory in which a model's experts are buffered.
+
+    Attributes:
+        slots: experts that are on the device together, over all layers.
+        experts: experts of the model.
+        slot_bytes: of one expert.
+        arena_bytes: of all slots.
+        workspace_bytes: the most that readers use beside them, to change dtypes and layouts.
+        host_bytes: of the tier in main memory.
+        policy: what decides which expert makes room.
+        pool: ``global`` or ``layer``.
+    """
+
+    slots: int
+    experts: int
+    slot_bytes: int
+    arena_bytes: int
+    workspace_bytes: int
+    host_bytes: int
+    policy: str
+    pool: str
 
 
 class CacheCounters:

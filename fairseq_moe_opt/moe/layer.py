@@ -74,6 +74,10 @@ class MoELayer:
         self._observers = tuple(observers)
         self._kernels: dict[tuple[torch.device, torch.dtype], str] = {}
 
+    def observe(self, observer: RoutingObserver) -> None:
+        """Tell ``observer`` of every routing from now on."""
+        self._observers = (*self._observers, observer)
+
     def __call__(
         self,
         tokens: Tensor,

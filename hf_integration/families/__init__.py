@@ -6,6 +6,7 @@ from typing import Protocol
 
 from torch import nn
 
+from fairseq_moe_opt.build import ExpertBuffer
 from fairseq_moe_opt.errors import NoMoELayerError
 from fairseq_moe_opt.options import MoEOptions
 from hf_integration.families import nllb_moe
@@ -20,8 +21,8 @@ class Family(Protocol):
     def matches(self, model: nn.Module) -> bool:
         """Whether ``model`` has layers of this family."""
 
-    def install(self, model: nn.Module, options: MoEOptions) -> Installed:
-        """Put the engine's layers in place of the model's own."""
+    def install(self, model: nn.Module, options: MoEOptions, buffer: ExpertBuffer | None = None) -> Installed:
+        """Put the engine's layers in place of the model's own, over ``buffer`` where experts are buffered."""
 
 
 FAMILIES: tuple[Family, ...] = (nllb_moe,)

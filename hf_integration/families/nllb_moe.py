@@ -10,7 +10,7 @@ probability, as fairseq's expert output masking does (Transformers applies eleme
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -19,7 +19,8 @@ from torch.nn import functional
 from transformers.models.nllb_moe.configuration_nllb_moe import NllbMoeConfig
 from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeSparseMLP, NllbMoeTop2Router
 
-from fairseq_moe_opt.build import LayerSpec, build_layer, needs_packed_experts
+from fairseq_moe_opt.build import ExpertBuffer, ExpertLayer, LayerSpec, build_layer, needs_packed_experts
+from fairseq_moe_opt.checkpoints import TensorRecord
 from fairseq_moe_opt.moe import CapacityRule, GShardTop2Router, MoELayer
 from fairseq_moe_opt.moe.module_experts import ModuleExperts, PackedModuleExperts
 from fairseq_moe_opt.options import MoEOptions
@@ -35,22 +36,50 @@ def matches(model: nn.Module) -> bool:
     return any(True for _ in _blocks(model))
 
 
-def install(model: nn.Module, options: MoEOptions) -> Installed:
-    """Replace the forward of every sparse layer; parameters, modules and their names stay."""
+def install(model: nn.Module, options: MoEOptions, buffer: ExpertBuffer | None = None) -> Installed:
+    """Replace the forward of every sparse layer; parameters, modules and their names stay.
+
+    With ``buffer``, experts come from its stores; their own parameters hold nothing.
+    """
     patches = Patches()
     masks = _watch_padding(model, patches)
     layers: list[MoELayer] = []
     expert_bytes = 0
     for name, block in _blocks(model):
         spec = layer_spec(name, cast(NllbMoeConfig, model.config))
-        store = _expert_store(block, options, patches)
+        expert_bytes += ModuleExperts(expert_pairs(block)).nbytes
+        store = _expert_store(block, options, patches) if buffer is None else buffer.stores[name]
         router_forward = _GateForward(block.router)
         layer = build_layer(spec, options, _Gate(block.router), store)
         patches.replace_forward(block.router, router_forward)
         patches.replace_forward(block, _BlockForward(block, layer, masks, spec.phase))
         layers.append(layer)
-        expert_bytes += store.nbytes
-    return Installed(NAME, tuple(layers), patches, expert_bytes)
+    if buffer is None:
+        return Installed(NAME, tuple(layers), patches, expert_bytes)
+    return Installed(NAME, tuple(layers), patches, expert_bytes, buffer.report)
+
+
+def expert_layers(model: nn.Module, records: Callable[[str], TensorRecord]) -> tuple[ExpertLayer, ...]:
+    """Where the experts of every sparse layer lie; ``records`` finds a parameter by its name in ``model``."""
+    return tuple(
+        ExpertLayer(name, tuple(_records(f"{name}.experts.expert_{e}", records) for e in range(block.num_experts)))
+        for name, block in _blocks(model)
+    )
+
+
+def _records(prefix: str, find: Callable[[str], TensorRecord]) -> dict[str, TensorRecord]:
+    return {f"{one}_{leaf}": find(f"{prefix}.{one}.{leaf}") for one in ("fc1", "fc2") for leaf in ("weight", "bias")}
+
+
+def sparse_blocks(model: nn.Module) -> dict[str, NllbMoeSparseMLP]:
+    """The sparse layers by name, in the model's order."""
+    return dict(_blocks(model))
+
+
+def expert_pairs(block: NllbMoeSparseMLP) -> list[tuple[nn.Linear, nn.Linear]]:
+    """(fc1, fc2) of every expert, by name: Transformers 5 keeps other modules in the same ModuleDict."""
+    experts = [block.experts[f"expert_{index}"] for index in range(block.num_experts)]
+    return [(expert.fc1, expert.fc2) for expert in experts]
 
 
 def layer_spec(name: str, config: NllbMoeConfig) -> LayerSpec:
@@ -75,10 +104,8 @@ def _blocks(model: nn.Module) -> Iterator[tuple[str, NllbMoeSparseMLP]]:
 
 
 def _expert_store(block: NllbMoeSparseMLP, options: MoEOptions, patches: Patches) -> ModuleExperts:
-    # By name: Transformers 5 keeps other modules (token_dropout) in the same ModuleDict.
-    experts = [block.experts[f"expert_{index}"] for index in range(block.num_experts)]
-    pairs = [(expert.fc1, expert.fc2) for expert in experts]
-    weight = experts[0].fc1.weight
+    pairs = expert_pairs(block)
+    weight = pairs[0][0].weight
     if not needs_packed_experts(options, weight.device, weight.dtype):
         return ModuleExperts(pairs)
     packed = PackedModuleExperts(pairs)

@@ -14,7 +14,7 @@ from pathlib import PurePosixPath
 ENGINE, HF = "fairseq_moe_opt", "hf_integration"
 
 # The lowest stones: they know at most each other.
-BOTTOM = frozenset({"errors", "moe.types", "moe.protocols", "moe.trace", "moe.cache_report"})
+BOTTOM = frozenset({"errors", "sizes", "moe.types", "moe.protocols", "moe.trace", "moe.cache_report"})
 # Rooms that stand beside each other on the lowest stones and do not know of each other.
 SIBLINGS = frozenset({"moe", "buffering", "placement", "parallel", "checkpoints", "profiling"})
 HOSTS: Mapping[str, frozenset[str]] = {
@@ -27,6 +27,7 @@ _BELOW_TOP = BOTTOM | SIBLINGS | _MIDDLE | {"package", "environment"}
 
 MAY_IMPORT: Mapping[str, frozenset[str]] = {
     "errors": frozenset(),
+    "sizes": frozenset({"errors"}),
     "moe.types": frozenset({"errors"}),
     "moe.protocols": frozenset({"errors", "moe.types"}),
     "moe.trace": frozenset({"errors", "moe.types"}),

@@ -69,7 +69,7 @@ def num_slots(option: str, text: str | int, whole: int, slot_bytes: int, *, at_l
     return min(slots, at_most)
 
 
-def readable_size(nbytes: int) -> str:
+def readable(nbytes: int) -> str:
     """``25.6 MiB``."""
     size, unit = float(nbytes), "B"
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
