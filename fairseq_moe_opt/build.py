@@ -12,9 +12,13 @@ from torch import Tensor
 from fairseq_moe_opt.buffering import (
     DEFAULT_POLICY,
     GLOBAL,
+    OFF,
+    ROUTER,
     BufferedExperts,
     ExpertPool,
     PooledLayer,
+    Prefetcher,
+    RouterGuess,
     SlotLayout,
     find_policy,
     link_to,
@@ -30,9 +34,6 @@ from fairseq_moe_opt.moe.routing import GShardTop2Router, SoftmaxTopKRouter, Top
 from fairseq_moe_opt.moe.types import ExpertKey, ExpertWeights
 from fairseq_moe_opt.options import PAGE_CACHE, MoEOptions
 from fairseq_moe_opt.sizes import num_slots
-
-HALF_LIFE_STEPS = 8
-"""Decoding steps after which a use of an expert counts half."""
 
 AnyRouter = GShardTop2Router | Top1Router | SoftmaxTopKRouter
 
@@ -112,10 +113,12 @@ class ExpertLayer:
 
     Attributes:
         name: the layer's name in its model.
+        phase: ``encoder`` or ``decoder``.
         experts: of expert ``e``, at place ``e``: field of ``ExpertWeights`` to the tensor's record.
     """
 
     name: str
+    phase: str
     experts: tuple[ExpertRecords, ...]
 
 
@@ -125,6 +128,7 @@ class ExpertBuffer:
 
     stores: Mapping[str, BufferedExperts]
     report: BufferReport
+    prefetcher: Prefetcher | None
 
 
 def build_buffer(
@@ -136,7 +140,13 @@ def build_buffer(
     the memory allowed is too small, naming the smallest possible.
     """
     pooled = [
-        PooledLayer(layer.name, len(layer.experts), SlotLayout.of(_template(layer.experts[0], dtype)), CacheCounters())
+        PooledLayer(
+            layer.name,
+            layer.phase,
+            len(layer.experts),
+            SlotLayout.of(_template(layer.experts[0], dtype)),
+            CacheCounters(),
+        )
         for layer in layers
     ]
     policy = DEFAULT_POLICY if options.eviction == "auto" else options.eviction
@@ -154,7 +164,6 @@ def build_buffer(
         find_policy(policy),
         device=device,
         link=link_to(device),
-        half_life=HALF_LIFE_STEPS * len(pooled),
     )
     for layer in pooled:
         layer.counters.resident = partial(pool.resident, layer.name)
@@ -168,7 +177,28 @@ def build_buffer(
         policy=policy,
         pool=pool_kind,
     )
-    return ExpertBuffer({layer.name: BufferedExperts(pool, layer) for layer in pooled}, report)
+    prefetcher = _prefetcher(pool, options.prefetch)
+    return ExpertBuffer({layer.name: BufferedExperts(pool, layer, prefetcher) for layer in pooled}, report, prefetcher)
+
+
+def _prefetcher(pool: ExpertPool, how: str) -> Prefetcher | None:
+    return None if how == OFF else Prefetcher(pool, ROUTER if how == "auto" else how)
+
+
+def connect_routers(
+    layers: Sequence[MoELayer], gates: Sequence[Callable[[Tensor], Tensor]], buffer: ExpertBuffer
+) -> None:
+    """Let each of a model's ``layers`` apply the router of the next one early, where the buffer predicts by routers.
+
+    ``gates`` map tokens to logits like the layers' own, without any trace of it in the host model.
+    """
+    prefetcher = buffer.prefetcher
+    if prefetcher is None or prefetcher.predictor != ROUTER:
+        return
+    for layer, gate in zip(layers, gates, strict=True):
+        name = layer.counters.name
+        prefetcher.set_router(name, RouterGuess(gate, layer.router.top_k))
+        layer.look_ahead = buffer.stores[name].look_ahead
 
 
 def slots_of(layers: Sequence[PooledLayer], memory: str, pool: str) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
     "gating": ("dynamic", "static"),
     "capacity": ("none", "checkpoint"),
     "kernel": ("auto", "naive", "loop", "grouped_mm"),
-    "eviction": ("auto", "lfru", "lifo", "fifo", "lru", "lfu"),
+    "eviction": ("auto", "reuse", "lfru", "lifo", "fifo", "lru", "lfu"),
     "expert_pool": ("auto", "global", "layer"),
     "prefetch": ("auto", "off", "previous", "router"),
 }
@@ -61,8 +61,8 @@ class MoEOptions:
     what was read is also dropped from the system's page cache; page-cache leaves that to the system."""
 
     eviction: str = "auto"
-    """which expert makes room: lfru (decayed frequency), lifo (the paper's), fifo, lru or lfu, after those the current
-    batch does not use; auto takes lfru."""
+    """which expert makes room: reuse (expected to be needed latest), lfru (decayed frequency), lifo (the paper's),
+    fifo, lru or lfu, and only then those of the current forward; auto takes reuse."""
 
     expert_pool: str = "auto"
     """global shares the memory for experts among all layers; layer gives each an equal part, as in the paper; auto is
@@ -70,7 +70,8 @@ class MoEOptions:
 
     prefetch: str = "auto"
     """fetch experts before they are asked for: previous takes a layer's experts of the step before, router applies the
-    next layer's router early, off waits until they are asked for; auto takes previous."""
+    next layer's router early, off waits until they are asked for; auto takes router. Where a forward has many rows,
+    as in the encoder, all experts of the next layer are fetched in order."""
 
     warm_start: str | None = None
     """trace that says which experts to load first."""

@@ -7,7 +7,8 @@ missing while resident experts are computed. The paper's section 3, with everyth
 from fairseq_moe_opt.buffering.devices import DeviceLink, link_to
 from fairseq_moe_opt.buffering.policies import BELADY, DEFAULT_POLICY, POLICIES, find_policy
 from fairseq_moe_opt.buffering.pool import GLOBAL, PER_LAYER, POOLS, ExpertPool, PooledLayer
-from fairseq_moe_opt.buffering.simulate import SimulatedLayer, simulate
+from fairseq_moe_opt.buffering.prefetch import OFF, PREVIOUS, ROUTER, Prefetcher, RouterGuess
+from fairseq_moe_opt.buffering.simulation import SimulatedLayer, simulate
 from fairseq_moe_opt.buffering.slots import SlotArena, SlotLayout
 from fairseq_moe_opt.buffering.store import BufferedExperts
 
@@ -15,13 +16,18 @@ __all__ = [
     "BELADY",
     "DEFAULT_POLICY",
     "GLOBAL",
+    "OFF",
     "PER_LAYER",
     "POLICIES",
     "POOLS",
+    "PREVIOUS",
+    "ROUTER",
     "BufferedExperts",
     "DeviceLink",
     "ExpertPool",
     "PooledLayer",
+    "Prefetcher",
+    "RouterGuess",
     "SimulatedLayer",
     "SlotArena",
     "SlotLayout",

@@ -13,6 +13,7 @@ in use     in ``Group.resident``, ``pins > 0``                a forward has it, 
 from __future__ import annotations
 
 import enum
+import heapq
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -20,8 +21,8 @@ from dataclasses import dataclass, field
 import torch
 
 from fairseq_moe_opt.buffering.devices import DeviceLink, Mark
-from fairseq_moe_opt.buffering.policies import History, PlannedLoad, Policy, Rank, plan_loads
-from fairseq_moe_opt.buffering.readers import URGENT, Readers
+from fairseq_moe_opt.buffering.policies import History, PlannedLoad, Policy, Rank, plan_loads, reuse
+from fairseq_moe_opt.buffering.readers import AHEAD, URGENT, Readers
 from fairseq_moe_opt.buffering.slots import SlotArena, SlotLayout
 from fairseq_moe_opt.errors import MoEError
 from fairseq_moe_opt.moe.cache_report import CacheCounters
@@ -39,12 +40,14 @@ class PooledLayer:
 
     Attributes:
         name: its name in the model.
+        phase: ``encoder`` or ``decoder``.
         num_experts: E.
         layout: of its experts in a slot.
         counters: what its hits and misses are added to.
     """
 
     name: str
+    phase: str
     num_experts: int
     layout: SlotLayout
     counters: CacheCounters
@@ -110,7 +113,6 @@ class ExpertPool:
         link: how they are filled.
         readers: how many threads fetch.
         depth: loads of one forward that overlap when its experts do not fit together.
-        half_life: visits after which a use counts half, for policies that ask.
     """
 
     def __init__(
@@ -124,7 +126,6 @@ class ExpertPool:
         link: DeviceLink,
         readers: int = 2,
         depth: int = 4,
-        half_life: float = 64.0,
     ) -> None:
         self.changed = threading.Condition()
         self.layers = {layer.name: layer for layer in layers}
@@ -132,10 +133,12 @@ class ExpertPool:
         self.arena = SlotArena(sum(slots), slot_bytes, device)
         self._groups = _make_groups(layers, slots)
         self._source, self._policy, self._link = source, policy, link
-        self._history = History(half_life)
+        self._history = History()
         self._readers = Readers(readers)
         self._depth = depth
         self._expected: set[ExpertKey] = set()
+        self._ahead: set[ExpertKey] = set()
+        self._predictions: dict[str, frozenset[int]] = {}
         self.num_readers = readers
 
     def group(self, layer: PooledLayer) -> Group:
@@ -162,13 +165,61 @@ class ExpertPool:
         """A forward of ``layer`` wants ``needed``: note it, and drop what was fetched ahead for it in vain."""
         self._history.note_visit(layer.name, needed)
         wanted = {ExpertKey(layer.name, expert) for expert in needed}
-        group = self._groups[layer.name]
+        predicted = self._predictions.pop(layer.name, None)
+        if predicted is not None:
+            layer.counters.add_prediction(len(predicted), len(predicted.intersection(needed)), len(needed))
+        layer.counters.add_used_ahead(len(self._ahead & wanted))
         self._expected = {key for key in self._expected if key.layer != layer.name}
+        self._ahead = {key for key in self._ahead if key.layer != layer.name}
+        group = self._groups[layer.name]
         for key, load in list(group.loading.items()):
             if load.ahead and key.layer == layer.name and key not in wanted and load.state is LoadState.QUEUED:
                 load.state = LoadState.CANCELLED
                 del group.loading[key]
                 group.free.append(load.slot)
+                layer.counters.add_fetched_ahead(-1)
+
+    def last_needed(self, layer: PooledLayer) -> frozenset[int]:
+        """What the last forward of ``layer`` asked for."""
+        return self._history.active.get(layer.name, frozenset())
+
+    def fetch_ahead(self, layer: PooledLayer, predicted: Sequence[int]) -> None:
+        """Fetch experts that the next forward of ``layer`` is expected to ask for, as far as that is worth it.
+
+        They take free slots, or those of experts that are expected to be needed later than ``layer`` comes; nothing
+        that is in use or expected makes room.
+        """
+        if not predicted:
+            return
+        self._predictions[layer.name] = frozenset(predicted)
+        group = self._groups[layer.name]
+        keys = [ExpertKey(layer.name, expert) for expert in predicted]
+        self._expected.update(key for key in keys if key in group.resident)
+        missing = [key for key in keys if key not in group.resident and key not in group.loading]
+        room = len(group.free)
+        for key in missing[:room]:
+            self._start_ahead(layer, key, group.free.pop())
+        for key, victim in zip(missing[room:], self._dispensable(layer, len(missing) - room), strict=False):
+            self._start_ahead(layer, key, self.evict(victim))
+
+    def _dispensable(self, layer: PooledLayer, count: int) -> list[ExpertKey]:
+        """At most ``count`` residents that are needed later than ``layer`` comes, the latest first."""
+        soon = self._history.until_forward(layer.name)
+        later = [
+            key
+            for key, slot in self._groups[layer.name].resident.items()
+            if not slot.pins and key not in self._expected and self._history.until_use(key)[0] > soon
+        ]
+        return heapq.nsmallest(count, later, key=lambda key: (reuse(self._history, key), key))
+
+    def _start_ahead(self, layer: PooledLayer, key: ExpertKey, slot: Slot) -> None:
+        self._history.note_load(key)
+        self._expected.add(key)
+        self._ahead.add(key)
+        layer.counters.add_fetched_ahead(1)
+        load = Load(key, layer, slot, ahead=True)
+        self._groups[layer.name].loading[key] = load
+        self._readers.submit(AHEAD, lambda: self._fetch(load))
 
     def plan(
         self, layer: PooledLayer, missing: Sequence[ExpertKey], hits: Iterable[ExpertKey]
@@ -248,6 +299,8 @@ class ExpertPool:
             group.resident[load.key] = load.slot
         else:
             group.free.append(load.slot)
+            self._expected.discard(load.key)
+            self._ahead.discard(load.key)
         self.changed.notify_all()
 
     def __deepcopy__(self, memo: dict[int, object]) -> ExpertPool:

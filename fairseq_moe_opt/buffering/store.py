@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from torch import Tensor
+
 from fairseq_moe_opt.buffering.pool import ExpertPool, PooledLayer, Slot
+from fairseq_moe_opt.buffering.prefetch import Prefetcher
 from fairseq_moe_opt.buffering.visit import Visit
 from fairseq_moe_opt.moe.types import ExpertKey, ExpertWave
 
@@ -16,8 +19,9 @@ class BufferedExperts:
     after the next one was asked for. May be used by several threads at once.
     """
 
-    def __init__(self, pool: ExpertPool, layer: PooledLayer) -> None:
+    def __init__(self, pool: ExpertPool, layer: PooledLayer, prefetcher: Prefetcher | None = None) -> None:
         self.pool, self.layer = pool, layer
+        self._prefetcher = prefetcher
 
     @property
     def num_experts(self) -> int:
@@ -36,9 +40,19 @@ class BufferedExperts:
 
     def waves(self, needed: Sequence[int], rows: int | None = None) -> Iterator[ExpertWave]:
         """Give every expert of ``needed`` exactly once; CheckpointError when one cannot be fetched."""
-        if needed:
-            for wave in Visit(self.pool, self.layer, needed).waves():
-                yield _wave(wave)
+        if not needed:
+            return
+        prefetcher = self._prefetcher
+        for wave in Visit(self.pool, self.layer, needed).waves():
+            if prefetcher is not None:  # once, when what this forward misses is on its way
+                prefetcher.after(self.layer, rows)
+                prefetcher = None
+            yield _wave(wave)
+
+    def look_ahead(self, tokens: Tensor, rows: int) -> None:
+        """Tell what (T, D) ``tokens`` the layer was given, and how many rows it routed: predicts the next layer."""
+        if self._prefetcher is not None:
+            self._prefetcher.look_ahead(self.layer, tokens, rows)
 
     def __deepcopy__(self, memo: dict[int, object]) -> BufferedExperts:
         # Experts never change, so a copied model shares them, and their pool.

@@ -128,9 +128,13 @@ class CacheCounters:
         """Of ``predicted`` experts ``right`` were asked for, among ``asked_for`` in all."""
         self._add(predicted=predicted, predicted_right=right, predicted_of=asked_for)
 
-    def add_fetched_ahead(self, used: bool) -> None:
-        """An expert was fetched ahead; ``used`` tells that it has now been asked for."""
-        self._add(**{"fetched_ahead_used" if used else "fetched_ahead": 1})
+    def add_fetched_ahead(self, experts: int) -> None:
+        """So many experts are being fetched ahead; negative when that was cancelled."""
+        self._add(fetched_ahead=experts)
+
+    def add_used_ahead(self, experts: int) -> None:
+        """So many experts that were fetched ahead have now been asked for."""
+        self._add(fetched_ahead_used=experts)
 
     def snapshot(self) -> CacheReport:
         """The sums so far."""

@@ -55,6 +55,9 @@ class MoELayer:
 
     It owns no parameters: ``gate`` maps tokens to (T, E) logits and ``store`` gives experts, so a host model keeps its
     own modules and state dict.
+
+    Attributes:
+        look_ahead: is told the (T, D) tokens and the number of routed rows of each forward when that is computed.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class MoELayer:
         self.config = config
         self.counters = counters
         self._gate = gate
+        self.look_ahead: Callable[[Tensor, int], None] | None = None
         self._observers = tuple(observers)
         self._kernels: dict[tuple[torch.device, torch.dtype], str] = {}
 
@@ -112,6 +116,8 @@ class MoELayer:
                 output = static_moe(tokens, routing, self.store, self.config.activation)
         else:
             output = self._dynamic(tokens, routing, plan, autograd)
+        if self.look_ahead is not None:
+            self.look_ahead(tokens, plan.num_rows)
         return self._final(output, training)
 
     def _dynamic(self, tokens: Tensor, routing: Routing, plan: Dispatch, autograd: bool) -> Tensor:

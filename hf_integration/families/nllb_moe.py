@@ -19,7 +19,14 @@ from torch.nn import functional
 from transformers.models.nllb_moe.configuration_nllb_moe import NllbMoeConfig
 from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeSparseMLP, NllbMoeTop2Router
 
-from fairseq_moe_opt.build import ExpertBuffer, ExpertLayer, LayerSpec, build_layer, needs_packed_experts
+from fairseq_moe_opt.build import (
+    ExpertBuffer,
+    ExpertLayer,
+    LayerSpec,
+    build_layer,
+    connect_routers,
+    needs_packed_experts,
+)
 from fairseq_moe_opt.checkpoints import TensorRecord
 from fairseq_moe_opt.moe import CapacityRule, GShardTop2Router, MoELayer
 from fairseq_moe_opt.moe.module_experts import ModuleExperts, PackedModuleExperts
@@ -56,13 +63,16 @@ def install(model: nn.Module, options: MoEOptions, buffer: ExpertBuffer | None =
         layers.append(layer)
     if buffer is None:
         return Installed(NAME, tuple(layers), patches, expert_bytes)
+    connect_routers(layers, [_QuietGate(block.router) for _, block in _blocks(model)], buffer)
     return Installed(NAME, tuple(layers), patches, expert_bytes, buffer.report)
 
 
 def expert_layers(model: nn.Module, records: Callable[[str], TensorRecord]) -> tuple[ExpertLayer, ...]:
     """Where the experts of every sparse layer lie; ``records`` finds a parameter by its name in ``model``."""
     return tuple(
-        ExpertLayer(name, tuple(_records(f"{name}.experts.expert_{e}", records) for e in range(block.num_experts)))
+        ExpertLayer(
+            name, _phase(name), tuple(_records(f"{name}.experts.expert_{e}", records) for e in range(block.num_experts))
+        )
         for name, block in _blocks(model)
     )
 
@@ -93,8 +103,11 @@ def layer_spec(name: str, config: NllbMoeConfig) -> LayerSpec:
         fp32_gating=config.router_dtype == "float32",
         round_early=True,
     )
-    phase = "decoder" if "decoder." in name else "encoder"
-    return LayerSpec(name, phase, router, config.activation_function, float(config.moe_token_dropout))
+    return LayerSpec(name, _phase(name), router, config.activation_function, float(config.moe_token_dropout))
+
+
+def _phase(name: str) -> str:
+    return "decoder" if "decoder." in name else "encoder"
 
 
 def _blocks(model: nn.Module) -> Iterator[tuple[str, NllbMoeSparseMLP]]:
@@ -184,6 +197,16 @@ class _Gate:
 
     def __call__(self, tokens: Tensor) -> Tensor:
         return cast(Tensor, self._router(tokens)[2])
+
+
+class _QuietGate:
+    """The same logits without the router's hooks, for a guess that no one else is to see."""
+
+    def __init__(self, router: NllbMoeTop2Router) -> None:
+        self._forward = _GateForward(router)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        return self._forward(tokens)[2]
 
 
 class _BlockForward:

@@ -16,6 +16,7 @@ from fairseq_moe_opt.buffering import (
     DeviceLink,
     ExpertPool,
     PooledLayer,
+    Prefetcher,
     SlotLayout,
     find_policy,
     link_to,
@@ -59,16 +60,24 @@ class MemorySource:
 def pool_over(
     experts: Mapping[str, PackedExperts],
     slots: int | Sequence[int],
-    policy: str = "lfru",
+    policy: str = "reuse",
     *,
     source: ExpertSource | None = None,
     link: DeviceLink | None = None,
     readers: int = 2,
     depth: int = 4,
+    prefetch: str | None = None,
+    phases: Mapping[str, str] | None = None,
 ) -> dict[str, BufferedExperts]:
     """A store a layer, all over one pool of ``slots``, or over as many slots each as the sequence says."""
     layers = [
-        PooledLayer(name, packed.num_experts, SlotLayout.of(packed.expert(0)), CacheCounters())
+        PooledLayer(
+            name,
+            (phases or {}).get(name, "decoder"),
+            packed.num_experts,
+            SlotLayout.of(packed.expert(0)),
+            CacheCounters(),
+        )
         for name, packed in experts.items()
     ]
     pool = ExpertPool(
@@ -81,15 +90,23 @@ def pool_over(
         readers=readers,
         depth=depth,
     )
-    return {layer.name: BufferedExperts(pool, layer) for layer in layers}
+    prefetcher = None if prefetch is None else Prefetcher(pool, prefetch)
+    return {layer.name: BufferedExperts(pool, layer, prefetcher) for layer in layers}
 
 
 def compute(
-    store: BufferedExperts, needed: Sequence[int], rows: Tensor, between: Callable[[], None] = lambda: None
+    store: BufferedExperts,
+    needed: Sequence[int],
+    rows: Tensor,
+    between: Callable[[], None] = lambda: None,
+    routed: int | None = None,
 ) -> dict[int, Tensor]:
-    """``rows`` through every expert of ``needed``, wave by wave; ``between`` runs before each wave is computed."""
+    """``rows`` through every expert of ``needed``, wave by wave; ``between`` runs before each wave is computed.
+
+    ``routed`` is the number of rows that the store is told.
+    """
     results: dict[int, Tensor] = {}
-    for wave in store.waves(needed):
+    for wave in store.waves(needed, routed):
         between()
         for expert, weights in zip(wave.experts, wave.weights, strict=True):
             assert expert not in results

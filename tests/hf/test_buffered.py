@@ -111,7 +111,7 @@ def test_the_report_says_what_the_cache_did(folder: Path, tmp_path: Path) -> Non
         assert set(cache.resident) <= set(range(8))
     assert sum(len(layer.cache.resident) for layer in report.layers) == report.buffer.slots
     content = json.loads((tmp_path / "report.json").read_text())
-    assert content["buffer"]["policy"] == "lfru"
+    assert content["buffer"]["policy"] == "reuse"
     assert content["layers"][1]["cache"]["miss_rate"] == report.layers[1].cache.miss_rate
 
 
@@ -197,7 +197,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "packed kernel": ({"expert_memory": "25%", "kernel": "grouped_mm"}, "use kernel='loop'"),
     "eviction of nothing": ({"eviction": "lifo"}, r"'eviction': 'lifo' has no effect with expert_memory='all'"),
     "prefetch of nothing": ({"prefetch": "off"}, "'prefetch': 'off' has no effect"),
-    "unknown eviction": ({"expert_memory": "25%", "eviction": "belady"}, "not one of auto, lfru, lifo"),
+    "unknown eviction": ({"expert_memory": "25%", "eviction": "belady"}, "not one of auto, reuse, lfru"),
 }
 
 

@@ -31,7 +31,6 @@ def simulate(
     policy: str,
     *,
     depth: int = 4,
-    half_life: float = 64.0,
 ) -> dict[str, SimulatedLayer]:
     """Hits and misses by layer, starting with empty slots.
 
@@ -39,7 +38,7 @@ def simulate(
         visits: forwards in order, the experts of each ascending.
         slots: of one pool for all layers, or of each layer's own by its name.
         policy: a runtime policy's name, or ``belady``.
-        depth, half_life: as in the runtime's pool.
+        depth: as in the runtime's pool.
 
     The same numbers as the runtime counts for the same forwards from one thread, without prefetch.
     """
@@ -48,7 +47,7 @@ def simulate(
     for name in names:
         groups[name] = groups[names[0]] if isinstance(slots, int) else _Group(slots[name])
     rule: Policy = _Belady(visits) if policy == BELADY else find_policy(policy)
-    history, found = History(half_life), {name: SimulatedLayer() for name in names}
+    history, found = History(), {name: SimulatedLayer() for name in names}
     for visit in visits:
         history.note_visit(visit.layer, visit.experts)
         hits, misses = groups[visit.layer].visit(visit, history, rule, depth)
