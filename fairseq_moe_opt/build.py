@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain, cycle
 
 import torch
 from torch import Tensor
@@ -16,24 +17,30 @@ from fairseq_moe_opt.buffering import (
     ROUTER,
     BufferedExperts,
     ExpertPool,
+    HostTier,
     PooledLayer,
     Prefetcher,
     RouterGuess,
     SlotLayout,
     find_policy,
     link_to,
+    slot_bytes_for,
 )
 from fairseq_moe_opt.checkpoints import ExpertFiles, ExpertRecords
 from fairseq_moe_opt.errors import OptionError
 from fairseq_moe_opt.moe.cache_report import BufferReport, CacheCounters
 from fairseq_moe_opt.moe.kernels import choose_kernel
 from fairseq_moe_opt.moe.layer import LayerConfig, MoELayer
-from fairseq_moe_opt.moe.protocols import ExpertStore, RoutingObserver
+from fairseq_moe_opt.moe.protocols import ExpertSource, ExpertStore, RoutingObserver
 from fairseq_moe_opt.moe.report import LayerCounters
 from fairseq_moe_opt.moe.routing import GShardTop2Router, SoftmaxTopKRouter, Top1Router
+from fairseq_moe_opt.moe.trace import Trace, TraceLayer, check_trace, read_trace
 from fairseq_moe_opt.moe.types import ExpertKey, ExpertWeights
 from fairseq_moe_opt.options import PAGE_CACHE, MoEOptions
 from fairseq_moe_opt.sizes import num_slots
+
+_RECALLED_VISITS = 20_000
+"""Of a trace, how many of the last forwards a warm start looks at."""
 
 AnyRouter = GShardTop2Router | Top1Router | SoftmaxTopKRouter
 
@@ -134,51 +141,75 @@ class ExpertBuffer:
 def build_buffer(
     layers: Sequence[ExpertLayer], options: MoEOptions, device: torch.device, dtype: torch.dtype
 ) -> ExpertBuffer:
-    """Slots for the experts of ``layers`` on ``device``, as ``options`` say; nothing is read yet.
+    """Slots for the experts of ``layers`` on ``device``, as ``options`` say; no expert is waited for.
 
     ``dtype`` is what floating-point weights are computed in; others stay as they are stored. Raises OptionError when
-    the memory allowed is too small, naming the smallest possible.
+    the memory allowed is too small, naming the smallest possible, and CheckpointError when the trace of ``warm_start``
+    is of another model.
     """
-    pooled = [
-        PooledLayer(
-            layer.name,
-            layer.phase,
-            len(layer.experts),
-            SlotLayout.of(_template(layer.experts[0], dtype)),
-            CacheCounters(),
-        )
-        for layer in layers
-    ]
+    pooled = [_pooled(layer, dtype) for layer in layers]
+    trace = None if options.warm_start is None else _trace_for(pooled, options.warm_start)
     policy = DEFAULT_POLICY if options.eviction == "auto" else options.eviction
     pool_kind = GLOBAL if options.expert_pool == "auto" else options.expert_pool
-    slots = slots_of(pooled, options.expert_memory, pool_kind)
-    source = ExpertFiles(
-        {ExpertKey(layer.name, e): records for layer in layers for e, records in enumerate(layer.experts)},
-        keep_pages=options.host_memory == PAGE_CACHE,
-        pinned=device.type == "cuda",
-    )
-    pool = ExpertPool(
-        pooled,
-        slots,
-        source,
-        find_policy(policy),
-        device=device,
-        link=link_to(device),
-    )
+    slots = slots_of(pooled, options.expert_memory, pool_kind, trace)
+    source = _source(layers, options, device, dtype)
+    pool = ExpertPool(pooled, slots, source.top, find_policy(policy), device=device, link=link_to(device))
     for layer in pooled:
         layer.counters.resident = partial(pool.resident, layer.name)
+    if trace is not None:
+        pool.recall(trace.visits[-_RECALLED_VISITS:])
     report = BufferReport(
         slots=sum(slots),
         experts=sum(layer.num_experts for layer in pooled),
         slot_bytes=pool.arena.slot_bytes,
         arena_bytes=pool.arena.nbytes,
         workspace_bytes=pool.num_readers * source.scratch_bytes,
-        host_bytes=0,
+        host_bytes=source.host_bytes,
         policy=policy,
         pool=pool_kind,
     )
     prefetcher = _prefetcher(pool, options.prefetch)
     return ExpertBuffer({layer.name: BufferedExperts(pool, layer, prefetcher) for layer in pooled}, report, prefetcher)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where misses come from, and the memory it takes: a reader's scratch space, and the tier in main memory."""
+
+    top: ExpertSource
+    scratch_bytes: int
+    host_bytes: int
+
+
+def _source(layers: Sequence[ExpertLayer], options: MoEOptions, device: torch.device, dtype: torch.dtype) -> _Source:
+    """The files, behind a tier in main memory where ``options`` ask for one."""
+    pinned = device.type == "cuda"
+    files = ExpertFiles(
+        {ExpertKey(layer.name, e): records for layer in layers for e, records in enumerate(layer.experts)},
+        keep_pages=options.host_memory == PAGE_CACHE,
+        pinned=pinned,
+    )
+    records = [record for layer in layers for expert in layer.experts for record in expert.values()]
+    strided = any(not record.is_contiguous for record in records)
+    converted = pinned or any(record.dtype.is_floating_point and record.dtype != dtype for record in records)
+    if options.host_memory in (PAGE_CACHE, "0"):
+        return _Source(files, files.scratch_bytes if strided or converted else 0, 0)
+    layouts = {layer.name: SlotLayout.of(_template(layer.experts[0], None)) for layer in layers}
+    slot_bytes, experts = slot_bytes_for(layouts.values()), sum(len(layer.experts) for layer in layers)
+    slots = num_slots("host_memory", options.host_memory, experts * slot_bytes, slot_bytes, at_least=1, at_most=experts)
+    tier = HostTier(files, layouts, slots, pinned=pinned)
+    return _Source(tier, files.scratch_bytes if strided else 0, tier.arena.nbytes)
+
+
+def _pooled(layer: ExpertLayer, dtype: torch.dtype) -> PooledLayer:
+    layout = SlotLayout.of(_template(layer.experts[0], dtype))
+    return PooledLayer(layer.name, layer.phase, len(layer.experts), layout, CacheCounters())
+
+
+def _trace_for(layers: Sequence[PooledLayer], path: str) -> Trace:
+    trace = read_trace(path)
+    check_trace(trace, [TraceLayer(layer.name, layer.phase, layer.num_experts) for layer in layers], path)
+    return trace
 
 
 def _prefetcher(pool: ExpertPool, how: str) -> Prefetcher | None:
@@ -201,25 +232,34 @@ def connect_routers(
         layer.look_ahead = buffer.stores[name].look_ahead
 
 
-def slots_of(layers: Sequence[PooledLayer], memory: str, pool: str) -> tuple[int, ...]:
+def slots_of(layers: Sequence[PooledLayer], memory: str, pool: str, trace: Trace | None = None) -> tuple[int, ...]:
     """Slots of each group that the size ``memory`` gives: one group for all layers, or one a layer.
 
+    Layers get equal numbers, or with a ``trace`` as many as they have among its most often needed experts, but one.
     Raises OptionError when there is not one slot a group, naming the smallest size possible.
     """
-    slot_bytes = max(layer.layout.nbytes for layer in layers)
+    slot_bytes = slot_bytes_for(layer.layout for layer in layers)
     experts = sum(layer.num_experts for layer in layers)
     at_least = 1 if pool == GLOBAL else len(layers)
     total = num_slots("expert_memory", memory, experts * slot_bytes, slot_bytes, at_least=at_least, at_most=experts)
     if pool == GLOBAL:
         return (total,)
-    share, left = divmod(total, len(layers))
-    return tuple(min(share + (place < left), layer.num_experts) for place, layer in enumerate(layers))
+    # One slot each, then experts in this order until all slots are given away.
+    order = [] if trace is None else [key.layer for key in trace.hottest()]
+    shares = {layer.name: 1 for layer in layers}
+    sizes = {layer.name: layer.num_experts for layer in layers}
+    for name in chain(order, cycle(shares)):
+        if sum(shares.values()) == total:
+            break
+        if shares[name] < sizes[name]:
+            shares[name] += 1
+    return tuple(shares.values())
 
 
-def _template(records: ExpertRecords, dtype: torch.dtype) -> ExpertWeights:
-    """An expert without storage, of the shapes in ``records`` and the dtypes it is computed in."""
+def _template(records: ExpertRecords, dtype: torch.dtype | None) -> ExpertWeights:
+    """An expert without storage, of the shapes in ``records``; floats in ``dtype``, or as stored if None."""
     tensors: dict[str, Tensor | None] = {"fc1_bias": None, "fc2_bias": None}
     for name, record in records.items():
-        kept = dtype if record.dtype.is_floating_point else record.dtype
+        kept = record.dtype if dtype is None or not record.dtype.is_floating_point else dtype
         tensors[name] = torch.empty(record.shape, dtype=kept, device="meta")
     return ExpertWeights(**tensors)  # type: ignore[arg-type]

@@ -5,11 +5,12 @@ missing while resident experts are computed. The paper's section 3, with everyth
 """
 
 from fairseq_moe_opt.buffering.devices import DeviceLink, link_to
+from fairseq_moe_opt.buffering.host import HostTier
 from fairseq_moe_opt.buffering.policies import BELADY, DEFAULT_POLICY, POLICIES, find_policy
 from fairseq_moe_opt.buffering.pool import GLOBAL, PER_LAYER, POOLS, ExpertPool, PooledLayer
 from fairseq_moe_opt.buffering.prefetch import OFF, PREVIOUS, ROUTER, Prefetcher, RouterGuess
 from fairseq_moe_opt.buffering.simulation import SimulatedLayer, simulate
-from fairseq_moe_opt.buffering.slots import SlotArena, SlotLayout
+from fairseq_moe_opt.buffering.slots import SlotArena, SlotLayout, slot_bytes_for
 from fairseq_moe_opt.buffering.store import BufferedExperts
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "BufferedExperts",
     "DeviceLink",
     "ExpertPool",
+    "HostTier",
     "PooledLayer",
     "Prefetcher",
     "RouterGuess",
@@ -34,4 +36,5 @@ __all__ = [
     "find_policy",
     "link_to",
     "simulate",
+    "slot_bytes_for",
 ]

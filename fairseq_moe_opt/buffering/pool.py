@@ -27,6 +27,7 @@ from fairseq_moe_opt.buffering.slots import SlotArena, SlotLayout
 from fairseq_moe_opt.errors import MoEError
 from fairseq_moe_opt.moe.cache_report import CacheCounters
 from fairseq_moe_opt.moe.protocols import ExpertSource
+from fairseq_moe_opt.moe.trace import TraceVisit
 from fairseq_moe_opt.moe.types import ExpertKey, ExpertRead, ExpertWeights
 
 GLOBAL, PER_LAYER = "global", "layer"
@@ -158,6 +159,17 @@ class ExpertPool:
         """Fetch ``key`` from where misses come from into memory outside the pool."""
         with torch.no_grad():
             return self._source.load(key, into)
+
+    def recall(self, visits: Sequence[TraceVisit]) -> None:
+        """Start with the history of ``visits``, and with the experts in the slots that it makes worth keeping."""
+        with self.changed:
+            for visit in visits:
+                self._history.note_visit(visit.layer, visit.experts)
+            best_first = sorted(self._history.uses, key=lambda key: (self._rank(key), key), reverse=True)
+            for key in best_first:
+                group = self._groups[key.layer]
+                if group.free:
+                    self._start_ahead(self.layers[key.layer], key, group.free.pop())
 
     # What follows is called with the lock held.
 

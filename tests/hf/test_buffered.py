@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fairseq_moe_opt.buffering import POLICIES
+from fairseq_moe_opt.buffering import POLICIES, simulate
 from fairseq_moe_opt.checkpoints import open_index
 from fairseq_moe_opt.errors import CheckpointError, MoEError, OptionError
+from fairseq_moe_opt.moe.trace import Trace, read_trace, write_trace
 from hf_integration import from_pretrained, optimize
 from tests.helpers.nllb import batch, logits, tiny_model
 
@@ -35,7 +36,11 @@ def tokens(model: Any, **how: Any) -> Tensor:
     inputs = batch()
     torch.manual_seed(7)
     result: Tensor = model.generate(
-        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=8, **how
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        min_new_tokens=8,
+        max_new_tokens=8,
+        **how,
     )
     return result
 
@@ -115,6 +120,58 @@ def test_the_report_says_what_the_cache_did(folder: Path, tmp_path: Path) -> Non
     assert content["layers"][1]["cache"]["miss_rate"] == report.layers[1].cache.miss_rate
 
 
+@pytest.mark.parametrize("prefetch", ["off", "previous", "router"])
+@pytest.mark.parametrize("host", ["0", "30%", "page-cache"])
+def test_tiers_and_prefetch_change_no_token(folder: Path, prefetch: str, host: str) -> None:
+    expected = tokens(from_pretrained(folder), num_beams=2)
+    model = from_pretrained(folder, expert_memory="30%", prefetch=prefetch, host_memory=host)
+    for _ in range(2):
+        assert torch.equal(tokens(model, num_beams=2), expected)
+    report = model.moe.report()
+    assert report.buffer.host_bytes == (4 * SLOT_BYTES if host == "30%" else 0)
+    tiers = {tier for layer in report.layers for tier in layer.cache.bytes_read}
+    assert tiers == ({"file", "host"} if host == "30%" else {"file"})
+    decoder = report.layers[1].cache
+    assert (decoder.predicted > 0) == (prefetch != "off")
+    assert 0 <= decoder.precision <= 1 and 0 <= decoder.recall <= 1
+
+
+def test_guessing_leaves_the_router_logits_alone(folder: Path) -> None:
+    model = from_pretrained(folder, expert_memory="30%", prefetch="router")
+    with torch.no_grad():
+        outputs = model(**batch(), output_router_logits=True)
+    assert [tuple(one.shape) for one in outputs.decoder_router_logits] == [(15, 8)]
+
+
+def test_a_trace_warms_the_slots(folder: Path, tmp_path: Path) -> None:
+    path = str(tmp_path / "trace.json")
+    first = from_pretrained(folder, expert_memory="50%", trace=path, prefetch="off")
+    expected = tokens(first)
+    trace = read_trace(path)
+    assert [layer.num_experts for layer in trace.layers] == [8, 8]
+    assert len(trace.phase("decoder")) == 8
+    warm = from_pretrained(folder, expert_memory="50%", warm_start=path, prefetch="off")
+    sized = from_pretrained(folder, expert_memory="50%", warm_start=path, expert_pool="layer", prefetch="off")
+    for model in (warm, sized):
+        assert torch.equal(tokens(model), expected)
+        now, before = (m.moe.report().layers for m in (model, first))
+        assert sum(layer.cache.misses for layer in now) < sum(layer.cache.misses for layer in before)
+    with pytest.raises(CheckpointError, match=r"trace\.json: was recorded from another model"):
+        write_trace(Trace(trace.layers[:1], ()), path)
+        from_pretrained(folder, expert_memory="50%", warm_start=path)
+
+
+def test_what_the_simulation_says_is_what_the_model_does(folder: Path, tmp_path: Path) -> None:
+    path = str(tmp_path / "trace.json")
+    for eviction in POLICIES:
+        model = from_pretrained(folder, expert_memory="40%", eviction=eviction, prefetch="off", trace=path)
+        tokens(model, num_beams=2)
+        report = model.moe.report()
+        foretold = simulate(read_trace(path).visits, report.buffer.slots, eviction)
+        for layer in report.layers:
+            assert (layer.cache.hits, layer.cache.misses) == (foretold[layer.name].hits, foretold[layer.name].misses)
+
+
 def test_two_models_and_two_threads(folder: Path) -> None:
     expected = tokens(from_pretrained(folder), num_beams=2)
     models = [from_pretrained(folder, expert_memory="20%"), from_pretrained(folder, expert_memory="60%")]
@@ -128,6 +185,7 @@ def test_two_models_and_two_threads(folder: Path) -> None:
                     model,
                     input_ids=inputs["input_ids"],
                     attention_mask=inputs["attention_mask"],
+                    min_new_tokens=8,
                     max_new_tokens=8,
                     num_beams=2,
                 )
