@@ -62,7 +62,7 @@ class MoEOptions:
 
     eviction: str = "auto"
     """which expert makes room: reuse (expected to be needed latest), lfru (decayed frequency), lifo (the paper's),
-    fifo, lru or lfu, and only then those of the current forward; auto takes reuse."""
+    fifo, lru or lfu; never one that the current forward has still to compute. auto takes reuse."""
 
     expert_pool: str = "auto"
     """global shares the memory for experts among all layers; layer gives each an equal part, as in the paper; auto is

@@ -10,6 +10,9 @@ from fairseq_moe_opt.errors import OptionError
 ALL = "all"
 """Everything stays in memory: no buffering at all."""
 
+ALIGNMENT = 64
+"""Every tensor of a slot starts on such a boundary, as torch's own do: GEMM libraries may round by alignment."""
+
 _UNITS: Mapping[str, int] = {
     "": 1,
     "B": 1,
@@ -67,6 +70,11 @@ def num_slots(option: str, text: str | int, whole: int, slot_bytes: int, *, at_l
             option, f"{text!r} has no room for {what}: the smallest possible is {at_least * slot_bytes} bytes"
         )
     return min(slots, at_most)
+
+
+def aligned(nbytes: int) -> int:
+    """``nbytes`` and what is lost until the next boundary."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def readable(nbytes: int) -> str:

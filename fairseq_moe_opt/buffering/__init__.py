@@ -5,6 +5,7 @@ missing while resident experts are computed. The paper's section 3, with everyth
 """
 
 from fairseq_moe_opt.buffering.devices import DeviceLink, link_to
+from fairseq_moe_opt.buffering.footprint import LayerSize, StaticMemory, static_memory
 from fairseq_moe_opt.buffering.host import HostTier
 from fairseq_moe_opt.buffering.policies import BELADY, DEFAULT_POLICY, POLICIES, find_policy
 from fairseq_moe_opt.buffering.pool import GLOBAL, PER_LAYER, POOLS, ExpertPool, PooledLayer
@@ -27,14 +28,17 @@ __all__ = [
     "DeviceLink",
     "ExpertPool",
     "HostTier",
+    "LayerSize",
     "PooledLayer",
     "Prefetcher",
     "RouterGuess",
     "SimulatedLayer",
     "SlotArena",
     "SlotLayout",
+    "StaticMemory",
     "find_policy",
     "link_to",
     "simulate",
     "slot_bytes_for",
+    "static_memory",
 ]

@@ -1,8 +1,7 @@
 """Which resident expert makes room for another: pure functions, the same in the runtime and in the simulator.
 
-A policy ranks experts by what is known of their past; the lowest rank goes first. All of them keep what the current
-forward of a layer needs until nothing else can go (``plan_loads`` sees to it), and none ever sees an expert that the
-current forward has still to compute.
+A policy ranks experts by what is known of their past; the lowest rank goes first. None of them ever sees an expert
+that a forward has still to compute.
 """
 
 from __future__ import annotations
@@ -10,8 +9,9 @@ from __future__ import annotations
 import heapq
 import math
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 from fairseq_moe_opt.errors import OptionError
 from fairseq_moe_opt.moe.types import ExpertKey
@@ -102,8 +102,12 @@ class History:
         self.loaded[key] = self._loads
 
     def is_active(self, key: ExpertKey) -> bool:
-        """Whether the last forward of its layer asked for ``key``."""
-        return key.expert in self.active.get(key.layer, ())
+        """Whether the current batch uses ``key``: the last forward of its layer did, and that is not long ago.
+
+        Not longer than it takes all layers to come once: the encoder's experts are of no use to the decoder's steps.
+        """
+        in_last_forward = key.expert in self.active.get(key.layer, ())
+        return in_last_forward and self.now - self.last_use[key] < len(self.active)
 
     def until_forward(self, layer: str) -> float:
         """Visits until ``layer`` comes again, if it comes as regularly as the last time; infinite before its second."""
@@ -197,17 +201,17 @@ def plan_loads(
     missing: Sequence[ExpertKey],
     free: int,
     idle: Iterable[ExpertKey],
-    hits: Collection[ExpertKey],
+    hits: Iterable[ExpertKey],
     rank: Callable[[ExpertKey], Rank],
     *,
     depth: int,
-    clairvoyant: bool = False,
 ) -> tuple[PlannedLoad, ...]:
     """Decide what makes room for each of ``missing``, in order.
 
-    First ``free`` slots are taken, then the ``idle`` residents of lowest rank. Only then experts of this very forward
-    go, after they were computed: ``hits``, which are computed first, and earlier ones of ``missing``; of these, not the
-    last ``depth - 1``, so that many loads and computations overlap.
+    First ``free`` slots are taken, then the resident of lowest rank each time. Residents of this very forward can go
+    too, once they are computed: ``hits``, which are computed first, and earlier ones of ``missing``; of these, not the
+    last ``depth - 1``, so that many loads and computations overlap. A forward that wants more experts than fit thus
+    streams through a few slots where the policy holds what is in the others for more valuable.
 
     Args:
         missing: to load, in the order in which they will be computed.
@@ -216,39 +220,22 @@ def plan_loads(
         hits: residents that this forward computes first, and nobody else is using.
         rank: the policy.
         depth: 1 or more; 1 gives the paper's serial order.
-        clairvoyant: rank ``hits`` together with ``idle``, for a policy that knows the future.
 
-    Returns as many loads as there is room for, which may be fewer than ``missing``; victims in this forward are
-    computed before the load that replaces them.
+    Returns as many loads as there is room for, which may be fewer than ``missing``; a victim in this forward is
+    computed before the load that replaces it.
     """
     plan = [PlannedLoad(key, None) for key in missing[:free]]
-    first = [*idle, *hits] if clairvoyant else idle
+    if len(plan) == len(missing):
+        return tuple(plan)
     # The key itself decides between equals, so that no decision depends on the timing of threads.
-    victims = heapq.nsmallest(len(missing) - len(plan), first, key=lambda key: (rank(key), key))
-    plan += [PlannedLoad(key, victim) for key, victim in zip(missing[len(plan) :], victims, strict=False)]
-    if len(plan) < len(missing):
-        plan = _reuse(missing, plan, () if clairvoyant else hits, rank, depth)
-    return tuple(plan)
-
-
-def _reuse(
-    missing: Sequence[ExpertKey],
-    plan: list[PlannedLoad],
-    hits: Collection[ExpertKey],
-    rank: Callable[[ExpertKey], Rank],
-    depth: int,
-) -> list[PlannedLoad]:
-    """Go on with ``plan`` by evicting what this forward itself has computed by then."""
-    computed = [(rank(key), key) for key in hits]
-    heapq.heapify(computed)
+    evictable = [(rank(key), key) for key in chain(idle, hits)]
+    heapq.heapify(evictable)
     loaded = deque(load.key for load in plan)
     for key in missing[len(plan) :]:
-        while len(loaded) >= depth:
-            heapq.heappush(computed, (rank(loaded[0]), loaded.popleft()))
-        if not computed and loaded:
-            heapq.heappush(computed, (rank(loaded[0]), loaded.popleft()))
-        if not computed:
+        while loaded and (len(loaded) >= depth or not evictable):
+            heapq.heappush(evictable, (rank(loaded[0]), loaded.popleft()))
+        if not evictable:
             break
-        plan.append(PlannedLoad(key, heapq.heappop(computed)[1]))
+        plan.append(PlannedLoad(key, heapq.heappop(evictable)[1]))
         loaded.append(key)
-    return plan
+    return tuple(plan)

@@ -68,6 +68,10 @@ class _Group:
         keys = [ExpertKey(visit.layer, expert) for expert in visit.experts]
         hits = [key for key in keys if key in self.resident]
         missing = [key for key in keys if key not in self.resident]
+        clairvoyant = isinstance(policy, _Belady)
+        if clairvoyant:
+            # What is needed again latest comes first and goes first; a runtime's pipeline would only be in the way.
+            missing.sort(key=lambda key: policy(history, key))
         for key in missing:
             history.note_load(key)
         plan = plan_loads(
@@ -76,8 +80,7 @@ class _Group:
             self.resident.difference(hits),
             hits,
             lambda key: policy(history, key),
-            depth=depth,
-            clairvoyant=isinstance(policy, _Belady),
+            depth=1 if clairvoyant else depth,
         )
         self._follow(plan)
         return len(hits), len(missing)

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from fairseq_moe_opt.moe.types import ExpertWeights
-
-ALIGNMENT = 64
-"""Every tensor of a slot starts on such a boundary, as torch's own do: GEMM libraries may round by alignment."""
+from fairseq_moe_opt.sizes import aligned
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class SlotLayout:
             if isinstance(tensor, Tensor):
                 nbytes = tensor.numel() * tensor.element_size()
                 places.append(_Place(field.name, start, nbytes, tuple(tensor.shape), tensor.dtype))
-                start = -(-(start + nbytes) // ALIGNMENT) * ALIGNMENT
+                start = aligned(start + nbytes)
         return cls(tuple(places), start)
 
     def view(self, memory: Tensor) -> ExpertWeights:

@@ -1,7 +1,7 @@
 """Which experts each forward asked for: recorded from a running model, read back for simulation and warm starts.
 
-One JSON object a file: ``{"format": 1, "fingerprint": ..., "layers": [...], "visits": [[layer, [experts]], ...]}``;
-a visit names its layer by its place in ``layers``. Steps need no field: a layer's n-th visit is its n-th step.
+One JSON object a file: ``{"format": 1, "fingerprint": ..., "layers": [...], "visits": [...]}``; a visit is ``[layer,
+tokens, [experts]]`` and names its layer by its place in ``layers``. A layer's n-th visit is its n-th step.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ class TraceLayer:
 
 @dataclass(frozen=True)
 class TraceVisit:
-    """One forward of ``layer``: the ``experts`` it needed, ascending."""
+    """One forward of ``layer``: the ``experts`` it needed, ascending, and its ``tokens``, padding included."""
 
     layer: str
     experts: tuple[int, ...]
+    tokens: int = 1
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class TraceRecorder:
         needed = tuple(expert for expert, count in enumerate(dispatch.counts) if count)
         with self._lock:
             if needed and len(self._visits) < self._limit:
-                self._visits.append(TraceVisit(layer, needed))
+                self._visits.append(TraceVisit(layer, needed, routing.expert_index.shape[0]))
 
     def trace(self) -> Trace:
         """What was seen so far."""
@@ -101,7 +102,7 @@ def write_trace(trace: Trace, path: str | os.PathLike[str]) -> None:
         "format": _FORMAT,
         "fingerprint": trace.fingerprint,
         "layers": [asdict(layer) for layer in trace.layers],
-        "visits": [[place[visit.layer], list(visit.experts)] for visit in trace.visits],
+        "visits": [[place[visit.layer], visit.tokens, list(visit.experts)] for visit in trace.visits],
     }
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     partial.write_text(json.dumps(content, separators=(",", ":")) + "\n", encoding="utf-8")
@@ -122,7 +123,7 @@ def read_trace(path: str | os.PathLike[str]) -> Trace:
         layers = tuple(
             TraceLayer(str(one["name"]), str(one["phase"]), int(one["num_experts"])) for one in content["layers"]
         )
-        visits = tuple(_visit(layers, place, experts) for place, experts in content["visits"])
+        visits = tuple(_visit(layers, *visit) for visit in content["visits"])
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise CheckpointError(path, f"is not a trace: {type(error).__name__} {error}") from error
     return Trace(layers, visits)
@@ -134,8 +135,8 @@ def check_trace(trace: Trace, layers: Sequence[TraceLayer], path: str | os.PathL
         raise CheckpointError(path, "was recorded from another model: its layers or their experts differ")
 
 
-def _visit(layers: Sequence[TraceLayer], place: int, experts: Sequence[int]) -> TraceVisit:
+def _visit(layers: Sequence[TraceLayer], place: int, tokens: int, experts: Sequence[int]) -> TraceVisit:
     layer = layers[place]
     if any(not 0 <= expert < layer.num_experts for expert in experts):
         raise ValueError(f"{layer.name} has {layer.num_experts} experts, but a visit names others")
-    return TraceVisit(layer.name, tuple(sorted(experts)))
+    return TraceVisit(layer.name, tuple(sorted(experts)), int(tokens))

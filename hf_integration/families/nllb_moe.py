@@ -71,7 +71,9 @@ def expert_layers(model: nn.Module, records: Callable[[str], TensorRecord]) -> t
     """Where the experts of every sparse layer lie; ``records`` finds a parameter by its name in ``model``."""
     return tuple(
         ExpertLayer(
-            name, _phase(name), tuple(_records(f"{name}.experts.expert_{e}", records) for e in range(block.num_experts))
+            name,
+            phase_of(name),
+            tuple(_records(f"{name}.experts.expert_{e}", records) for e in range(block.num_experts)),
         )
         for name, block in _blocks(model)
     )
@@ -103,10 +105,11 @@ def layer_spec(name: str, config: NllbMoeConfig) -> LayerSpec:
         fp32_gating=config.router_dtype == "float32",
         round_early=True,
     )
-    return LayerSpec(name, _phase(name), router, config.activation_function, float(config.moe_token_dropout))
+    return LayerSpec(name, phase_of(name), router, config.activation_function, float(config.moe_token_dropout))
 
 
-def _phase(name: str) -> str:
+def phase_of(name: str) -> str:
+    """The phase of the layer ``name``."""
     return "decoder" if "decoder." in name else "encoder"
 
 

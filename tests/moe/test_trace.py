@@ -15,7 +15,7 @@ from fairseq_moe_opt.moe.trace import Trace, TraceLayer, TraceRecorder, TraceVis
 from fairseq_moe_opt.moe.types import ExpertKey
 
 LAYERS = (TraceLayer("enc", "encoder", 4), TraceLayer("dec", "decoder", 3))
-TRACE = Trace(LAYERS, (TraceVisit("enc", (0, 2, 3)), TraceVisit("dec", (1,)), TraceVisit("dec", (1, 2))))
+TRACE = Trace(LAYERS, (TraceVisit("enc", (0, 2, 3), 2), TraceVisit("dec", (1,)), TraceVisit("dec", (1, 2))))
 
 
 def observe(recorder: TraceRecorder, layer: str, experts: list[list[int]], num_experts: int) -> None:
@@ -47,9 +47,12 @@ BAD = {
     "text": ("hello", "is not a trace"),
     "another object": ("{}", "is not a trace: KeyError 'format'"),
     "a later format": ('{"format": 2}', "is a trace of format 2, this is for format 1"),
-    "an unknown layer": (json.dumps({"format": 1, "layers": [], "visits": [[0, [1]]]}), "is not a trace: IndexError"),
+    "an unknown layer": (
+        json.dumps({"format": 1, "layers": [], "visits": [[0, 1, [1]]]}),
+        "is not a trace: IndexError",
+    ),
     "an unknown expert": (
-        json.dumps({"format": 1, "layers": [vars(LAYERS[0])], "visits": [[0, [4]]]}),
+        json.dumps({"format": 1, "layers": [vars(LAYERS[0])], "visits": [[0, 1, [4]]]}),
         "enc has 4 experts, but a visit names others",
     ),
 }
