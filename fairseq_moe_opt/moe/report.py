@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from fairseq_moe_opt.moe.cache_report import BufferReport, CacheCounters, CacheReport
 from fairseq_moe_opt.moe.types import Dispatch
 
 STEPS = ("routing", "dispatch", "experts", "combine")
@@ -39,6 +40,7 @@ class LayerReport:
         expert_rows: rows of each expert over all calls, length E.
         seconds: wall time by step, empty unless profiling was on.
         kernels: what ran: names of kernels, ``static``, or ``autograd`` where gradients were wanted.
+        cache: what the expert cache did; None where all experts stay in memory.
     """
 
     name: str
@@ -53,6 +55,11 @@ class LayerReport:
     expert_rows: tuple[int, ...]
     seconds: dict[str, float]
     kernels: tuple[str, ...]
+    cache: CacheReport | None = None
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values, ready for ``json.dump``."""
+        return {**asdict(self), "cache": None if self.cache is None else self.cache.to_dict()}
 
 
 @dataclass
@@ -63,6 +70,7 @@ class LayerCounters:
     phase: str
     num_experts: int
     profile: bool = False
+    cache: CacheCounters | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def __post_init__(self) -> None:
@@ -76,6 +84,8 @@ class LayerCounters:
             self._rows = [0] * self.num_experts
             self._seconds = dict.fromkeys(STEPS, 0.0) if self.profile else {}
             self._kernels: dict[str, None] = {}
+        if self.cache is not None:
+            self.cache.reset()
 
     def add(self, num_tokens: int, dispatch: Dispatch, computed_rows: int, kernel: str) -> None:
         """Count one forward of ``num_tokens`` tokens."""
@@ -107,7 +117,7 @@ class LayerCounters:
             self._seconds[step] += time.perf_counter() - start
 
     def __deepcopy__(self, memo: dict[int, object]) -> LayerCounters:
-        return LayerCounters(self.name, self.phase, self.num_experts, self.profile)
+        return LayerCounters(self.name, self.phase, self.num_experts, self.profile, self.cache)
 
     def __reduce__(self) -> tuple[type[LayerCounters], tuple[str, str, int, bool]]:
         # A copied or pickled model starts counting afresh; a lock cannot travel anyway.
@@ -115,6 +125,7 @@ class LayerCounters:
 
     def snapshot(self) -> LayerReport:
         """The sums so far."""
+        cache = None if self.cache is None else self.cache.snapshot()
         with self._lock:
             return LayerReport(
                 self.name,
@@ -129,6 +140,7 @@ class LayerCounters:
                 tuple(self._rows),
                 dict(self._seconds),
                 tuple(self._kernels),
+                cache,
             )
 
 
@@ -151,6 +163,7 @@ class Report:
         peak_memory_bytes: the peak named by ``peak_memory_kind``.
         peak_memory_kind: ``cuda allocated`` since the reset, or ``process resident`` since the process started.
         seconds: wall time of the generate call, 0 when there was none.
+        buffer: the memory that experts share; None where all of them stay.
     """
 
     family: str
@@ -161,6 +174,7 @@ class Report:
     peak_memory_bytes: int
     peak_memory_kind: str
     seconds: float
+    buffer: BufferReport | None = None
 
     @property
     def step_seconds(self) -> dict[str, float]:
@@ -173,7 +187,8 @@ class Report:
 
     def to_dict(self) -> dict[str, object]:
         """Plain values, ready for ``json.dump``."""
-        return {**asdict(self), "step_seconds": self.step_seconds}
+        layers = [layer.to_dict() for layer in self.layers]
+        return {**asdict(self), "layers": layers, "step_seconds": self.step_seconds}
 
 
 def tokens_by_phase(layers: Iterable[LayerReport]) -> dict[str, int]:
