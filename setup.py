@@ -12,6 +12,7 @@ HERE = Path(__file__).parent
 # Every package by name: a folder that is forgotten here fails tests/test_environment.py.
 PACKAGES = [
     "fairseq_moe_opt",
+    "fairseq_moe_opt.buffering",
     "fairseq_moe_opt.checkpoints",
     "fairseq_moe_opt.cli",
     "fairseq_moe_opt.models",

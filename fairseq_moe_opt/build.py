@@ -2,20 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain, cycle
 
 import torch
 from torch import Tensor
 
+from fairseq_moe_opt.buffering import (
+    DEFAULT_POLICY,
+    GLOBAL,
+    OFF,
+    ROUTER,
+    BufferedExperts,
+    ExpertPool,
+    HostTier,
+    PooledLayer,
+    Prefetcher,
+    RouterGuess,
+    SlotLayout,
+    find_policy,
+    link_to,
+    slot_bytes_for,
+)
+from fairseq_moe_opt.checkpoints import ExpertFiles, ExpertRecords
 from fairseq_moe_opt.errors import OptionError
+from fairseq_moe_opt.moe.cache_report import BufferReport, CacheCounters
 from fairseq_moe_opt.moe.experts import NO_DROPOUT, ExpertDropout
 from fairseq_moe_opt.moe.kernels import choose_kernel
 from fairseq_moe_opt.moe.layer import LayerConfig, MoELayer
-from fairseq_moe_opt.moe.protocols import ExpertStore, PaddedExchange, RoutingObserver, TokenExchange
+from fairseq_moe_opt.moe.protocols import ExpertSource, ExpertStore, PaddedExchange, RoutingObserver, TokenExchange
 from fairseq_moe_opt.moe.report import LayerCounters
 from fairseq_moe_opt.moe.routing import GShardTop2Router, SoftmaxTopKRouter, Top1Router
-from fairseq_moe_opt.options import MoEOptions
+from fairseq_moe_opt.moe.trace import Trace, TraceLayer, check_trace, read_trace
+from fairseq_moe_opt.moe.types import ExpertKey, ExpertWeights
+from fairseq_moe_opt.options import PAGE_CACHE, MoEOptions
+from fairseq_moe_opt.sizes import num_slots
+
+_RECALLED_VISITS = 20_000
+"""Of a trace, how many of the last forwards a warm start looks at."""
 
 EXPERT_DTYPES: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "int8": torch.int8}
 """Values of the option ``expert_dtype`` to the dtype that an expert's matrices then have."""
@@ -51,7 +77,9 @@ def needs_packed_experts(options: MoEOptions, device: torch.device, dtype: torch
 
     Raises KernelError when the kernel asked for cannot run on them.
     """
-    return options.gating == "dynamic" and choose_kernel(options.kernel, device, dtype).needs_packed
+    if options.gating != "dynamic" or options.buffered:
+        return False
+    return choose_kernel(options.kernel, device, dtype).needs_packed
 
 
 def build_layer(
@@ -78,16 +106,29 @@ def build_layer(
             f"{spec.name} routes to {spec.router.num_experts} experts{where} but has {store.num_experts}",
         )
     _require_expert_dtype(spec.name, options.expert_dtype, store.dtype)
+    buffered = isinstance(store, BufferedExperts)
+    if options.buffered and not buffered:
+        raise OptionError(
+            "expert_memory",
+            f"all experts of {spec.name} are in memory already: nothing would be saved by buffering them",
+        )
     config = LayerConfig(
         activation=spec.activation,
         gating=options.gating,
-        kernel=options.kernel,
+        # Of the kernels that auto may choose, only this one computes from experts kept apart.
+        kernel="loop" if buffered and options.kernel == "auto" else options.kernel,
         expert_masking=spec.expert_masking,
         final_masking=spec.final_masking,
         dropout=spec.dropout,
     )
-    traffic = None if used is None else used.counters
-    counters = LayerCounters(spec.name, spec.phase, spec.router.num_experts, options.profile, exchange=traffic)
+    counters = LayerCounters(
+        spec.name,
+        spec.phase,
+        spec.router.num_experts,
+        options.profile,
+        exchange=None if used is None else used.counters,
+        cache=store.layer.counters if isinstance(store, BufferedExperts) else None,
+    )
     return MoELayer(
         gate,
         _router(spec.router, options),
@@ -114,3 +155,179 @@ def _router(router: AnyRouter, options: MoEOptions) -> AnyRouter:
     if options.capacity == "none" and not isinstance(router, SoftmaxTopKRouter):
         return replace(router, capacity=None)
     return router
+
+
+@dataclass(frozen=True)
+class ExpertLayer:
+    """Where the experts of one layer lie in a checkpoint's files.
+
+    Attributes:
+        name: the layer's name in its model.
+        phase: ``encoder`` or ``decoder``.
+        experts: of expert ``e``, at place ``e``: field of ``ExpertWeights`` to the tensor's record.
+    """
+
+    name: str
+    phase: str
+    experts: tuple[ExpertRecords, ...]
+
+
+@dataclass(frozen=True)
+class ExpertBuffer:
+    """The stores of all layers over one pool, and what the report says of it."""
+
+    stores: Mapping[str, BufferedExperts]
+    report: BufferReport
+    prefetcher: Prefetcher | None
+
+
+def build_buffer(
+    layers: Sequence[ExpertLayer],
+    options: MoEOptions,
+    device: torch.device,
+    dtype: torch.dtype,
+    expert_dtype: torch.dtype | None = None,
+) -> ExpertBuffer:
+    """Slots for the experts of ``layers`` on ``device``, as ``options`` say; no expert is waited for.
+
+    ``dtype`` is the model's, ``expert_dtype`` that of the experts' matrices in their slots where it is another one:
+    with int8, floats in the files are quantised as they are read. Raises OptionError when the memory allowed is too
+    small, naming the smallest possible, and CheckpointError when the trace of ``warm_start`` is of another model.
+    """
+    slot_dtypes = (expert_dtype or dtype, dtype)
+    pooled = [_pooled(layer, *slot_dtypes) for layer in layers]
+    trace = None if options.warm_start is None else _trace_for(pooled, options.warm_start)
+    policy = DEFAULT_POLICY if options.eviction == "auto" else options.eviction
+    pool_kind = GLOBAL if options.expert_pool == "auto" else options.expert_pool
+    slots = slots_of(pooled, options.expert_memory, pool_kind, trace)
+    source = _source(layers, options, device, *slot_dtypes)
+    pool = ExpertPool(pooled, slots, source.top, find_policy(policy), device=device, link=link_to(device))
+    for layer in pooled:
+        layer.counters.resident = partial(pool.resident, layer.name)
+    if trace is not None:
+        pool.recall(trace.visits[-_RECALLED_VISITS:])
+    report = BufferReport(
+        slots=sum(slots),
+        experts=sum(layer.num_experts for layer in pooled),
+        slot_bytes=pool.arena.slot_bytes,
+        arena_bytes=pool.arena.nbytes,
+        workspace_bytes=pool.num_readers * source.scratch_bytes,
+        host_bytes=source.host_bytes,
+        policy=policy,
+        pool=pool_kind,
+    )
+    prefetcher = _prefetcher(pool, options.prefetch)
+    return ExpertBuffer({layer.name: BufferedExperts(pool, layer, prefetcher) for layer in pooled}, report, prefetcher)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where misses come from, and the memory it takes: a reader's scratch space, and the tier in main memory."""
+
+    top: ExpertSource
+    scratch_bytes: int
+    host_bytes: int
+
+
+def _source(
+    layers: Sequence[ExpertLayer],
+    options: MoEOptions,
+    device: torch.device,
+    expert_dtype: torch.dtype,
+    dtype: torch.dtype,
+) -> _Source:
+    """The files, behind a tier in main memory where ``options`` ask for one."""
+    pinned = device.type == "cuda"
+    files = ExpertFiles(
+        {ExpertKey(layer.name, e): records for layer in layers for e, records in enumerate(layer.experts)},
+        keep_pages=options.host_memory == PAGE_CACHE,
+        pinned=pinned,
+    )
+    if options.host_memory in (PAGE_CACHE, "0"):
+        wanted = {layer.name: _template(layer.experts[0], expert_dtype, dtype) for layer in layers}
+        return _Source(files, files.scratch_bytes_for(wanted, on_cpu=not pinned), 0)
+    wanted = {layer.name: _host_template(layer.experts[0], expert_dtype, dtype) for layer in layers}
+    layouts = {name: SlotLayout.of(template) for name, template in wanted.items()}
+    slot_bytes, experts = slot_bytes_for(layouts.values()), sum(len(layer.experts) for layer in layers)
+    slots = num_slots("host_memory", options.host_memory, experts * slot_bytes, slot_bytes, at_least=1, at_most=experts)
+    tier = HostTier(files, layouts, slots, pinned=pinned)
+    return _Source(tier, files.scratch_bytes_for(wanted, on_cpu=True), tier.arena.nbytes)
+
+
+def _pooled(layer: ExpertLayer, expert_dtype: torch.dtype, dtype: torch.dtype) -> PooledLayer:
+    layout = SlotLayout.of(_template(layer.experts[0], expert_dtype, dtype))
+    return PooledLayer(layer.name, layer.phase, len(layer.experts), layout, CacheCounters())
+
+
+def _trace_for(layers: Sequence[PooledLayer], path: str) -> Trace:
+    trace = read_trace(path)
+    check_trace(trace, [TraceLayer(layer.name, layer.phase, layer.num_experts) for layer in layers], path)
+    return trace
+
+
+def _prefetcher(pool: ExpertPool, how: str) -> Prefetcher | None:
+    return None if how == OFF else Prefetcher(pool, ROUTER if how == "auto" else how)
+
+
+def connect_routers(
+    layers: Sequence[MoELayer], gates: Sequence[Callable[[Tensor], Tensor]], buffer: ExpertBuffer
+) -> None:
+    """Let each of a model's ``layers`` apply the router of the next one early, where the buffer predicts by routers.
+
+    ``gates`` map tokens to logits like the layers' own, without any trace of it in the host model.
+    """
+    prefetcher = buffer.prefetcher
+    if prefetcher is None or prefetcher.predictor != ROUTER:
+        return
+    for layer, gate in zip(layers, gates, strict=True):
+        name = layer.counters.name
+        prefetcher.set_router(name, RouterGuess(gate, layer.router.top_k))
+        layer.look_ahead = buffer.stores[name].look_ahead
+
+
+def slots_of(layers: Sequence[PooledLayer], memory: str, pool: str, trace: Trace | None = None) -> tuple[int, ...]:
+    """Slots of each group that the size ``memory`` gives: one group for all layers, or one a layer.
+
+    Layers get equal numbers, or with a ``trace`` as many as they have among its most often needed experts, but one.
+    Raises OptionError when there is not one slot a group, naming the smallest size possible.
+    """
+    slot_bytes = slot_bytes_for(layer.layout for layer in layers)
+    experts = sum(layer.num_experts for layer in layers)
+    at_least = 1 if pool == GLOBAL else len(layers)
+    total = num_slots("expert_memory", memory, experts * slot_bytes, slot_bytes, at_least=at_least, at_most=experts)
+    if pool == GLOBAL:
+        return (total,)
+    # One slot each, then experts in this order until all slots are given away.
+    order = [] if trace is None else [key.layer for key in trace.hottest()]
+    shares = {layer.name: 1 for layer in layers}
+    sizes = {layer.name: layer.num_experts for layer in layers}
+    for name in chain(order, cycle(shares)):
+        if sum(shares.values()) == total:
+            break
+        if shares[name] < sizes[name]:
+            shares[name] += 1
+    return tuple(shares.values())
+
+
+def _template(records: ExpertRecords, expert_dtype: torch.dtype, dtype: torch.dtype) -> ExpertWeights:
+    """An expert as it is in a slot, without storage: of the shapes in ``records``, in a model of ``dtype``."""
+    ffn_width, width = records["fc1_weight"].shape
+    return ExpertWeights.empty(
+        width,
+        ffn_width,
+        dtype=expert_dtype,
+        bias_dtype=dtype if expert_dtype == torch.int8 else None,
+        device="meta",
+        bias="fc1_bias" in records,
+        gated="gate_weight" in records,
+    )
+
+
+def _host_template(records: ExpertRecords, expert_dtype: torch.dtype, dtype: torch.dtype) -> ExpertWeights:
+    """An expert as it is in main memory: as it is stored, or as in a slot where that is int8 or smaller."""
+    fields: dict[str, Tensor | None] = {"fc1_bias": None, "fc2_bias": None}
+    for name, record in records.items():
+        fields[name] = torch.empty(record.shape, dtype=record.dtype, device="meta")
+    stored = ExpertWeights(**fields)  # type: ignore[arg-type]
+    slot = _template(records, expert_dtype, dtype)
+    return slot if expert_dtype == torch.int8 or slot.nbytes < stored.nbytes else stored

@@ -13,13 +13,29 @@ from functools import cache
 from typing import Any
 
 from fairseq_moe_opt.errors import OptionError
+from fairseq_moe_opt.sizes import ALL, check_size
 
 _CHOICES: Mapping[str, tuple[str, ...]] = {
     "gating": ("dynamic", "static"),
     "capacity": ("none", "checkpoint"),
     "kernel": ("auto", "naive", "loop", "grouped_mm"),
     "expert_dtype": ("checkpoint", "bf16", "int8"),
+    "eviction": ("auto", "reuse", "lfru", "lifo", "fifo", "lru", "lfu"),
+    "expert_pool": ("auto", "global", "layer"),
+    "prefetch": ("auto", "off", "previous", "router"),
 }
+
+_BUFFERING_ONLY: Mapping[str, object] = {
+    "host_memory": "0",
+    "eviction": "auto",
+    "expert_pool": "auto",
+    "prefetch": "auto",
+    "warm_start": None,
+}
+"""Options without effect while all experts stay in memory, and their defaults."""
+
+PAGE_CACHE = "page-cache"
+"""The host memory that the operating system manages."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +57,33 @@ class MoEOptions:
     """dtype of the experts in memory, all else keeps the model's: checkpoint takes them as they are stored; bf16 rounds
     them, and they compute in it; int8 quantises their matrices as they are read, one scale an output channel."""
 
+    expert_memory: str = "all"
+    """memory for experts on the device, as 2GiB, 500MB or 25% of them; others are read from the checkpoint's files when
+    they are needed. all keeps all experts in memory."""
+
+    host_memory: str = "0"
+    """main memory (pinned for a GPU) for experts between the device and the files, as 8GiB or 50%; 0 for none, so that
+    what was read is also dropped from the system's page cache; page-cache leaves that to the system."""
+
+    eviction: str = "auto"
+    """which expert makes room: reuse (expected to be needed latest), lfru (decayed frequency), lifo (the paper's),
+    fifo, lru or lfu; never one that the current forward has still to compute. auto takes reuse."""
+
+    expert_pool: str = "auto"
+    """global shares the memory for experts among all layers; layer gives each an equal part, as in the paper; auto is
+    global."""
+
+    prefetch: str = "auto"
+    """fetch experts before they are asked for: previous takes a layer's experts of the step before, router applies the
+    next layer's router early, off waits until they are asked for; auto takes router. Where a forward has many rows,
+    as in the encoder, all experts of the next layer are fetched in order."""
+
+    warm_start: str | None = None
+    """trace that says which experts to load first."""
+
+    trace: str | None = None
+    """file that the experts each forward needs are recorded in, for warm_start and moe-opt cache."""
+
     profile: bool = False
     """time routing, dispatch, experts and combine of every layer; the times are in the report."""
 
@@ -48,6 +91,8 @@ class MoEOptions:
     """file that the report of each generate call is written to, as JSON."""
 
     def __post_init__(self) -> None:
+        for name in ("expert_memory", "host_memory"):
+            object.__setattr__(self, name, _size(name, getattr(self, name)))
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
@@ -56,6 +101,27 @@ class MoEOptions:
             raise OptionError("profile", f"{self.profile!r} is not true or false")
         if self.gating == "static" and self.kernel != "auto":
             raise OptionError("kernel", f"{self.kernel!r} has no effect with gating='static'; leave it at 'auto'")
+        self._check_buffering()
+
+    @property
+    def buffered(self) -> bool:
+        """Whether experts are buffered: not all of them stay in memory."""
+        return self.expert_memory != ALL
+
+    def _check_buffering(self) -> None:
+        if self.buffered:
+            if self.kernel == "grouped_mm":
+                raise OptionError(
+                    "kernel",
+                    "'grouped_mm' computes from one tensor of all experts, which expert_memory="
+                    f"{self.expert_memory!r} does not keep; use kernel='loop'",
+                )
+            return
+        for name, default in _BUFFERING_ONLY.items():
+            if getattr(self, name) != default:
+                raise OptionError(
+                    name, f"{getattr(self, name)!r} has no effect with expert_memory='all'; give expert_memory a size"
+                )
 
     @classmethod
     def from_kwargs(cls, **values: Any) -> MoEOptions:
@@ -69,6 +135,18 @@ class MoEOptions:
     def to_dict(self) -> dict[str, object]:
         """All options by name."""
         return asdict(self)
+
+
+def _size(option: str, value: object) -> str:
+    """A size as text; OptionError for anything that is none."""
+    if option == "host_memory" and value == PAGE_CACHE:
+        return PAGE_CACHE
+    if isinstance(value, (int, str)) and not isinstance(value, bool):
+        check_size(option, value)
+        if option == "host_memory" and value == ALL:
+            raise OptionError(option, "'all' is not a size; 100% holds every expert")
+        return str(value)
+    raise OptionError(option, f"{value!r} is not a size such as '2GiB' or '25%'")
 
 
 def option_names() -> tuple[str, ...]:

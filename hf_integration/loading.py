@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,16 +21,17 @@ from transformers.models.nllb_moe.modeling_nllb_moe import (
     NllbMoeSinusoidalPositionalEmbedding,
 )
 
-from fairseq_moe_opt.build import EXPERT_DTYPES
-from fairseq_moe_opt.checkpoints import CheckpointIndex, open_index, read_tensor
-from fairseq_moe_opt.checkpoints.expert_dtypes import NOTE, is_scale
+from fairseq_moe_opt.build import EXPERT_DTYPES, ExpertBuffer, build_buffer
+from fairseq_moe_opt.checkpoints import CheckpointIndex, TensorRecord, open_index, read_tensor
+from fairseq_moe_opt.checkpoints.expert_dtypes import NOTE, SCALE_SUFFIX, is_scale, scale_of
 from fairseq_moe_opt.errors import CheckpointError, NoMoELayerError, OptionError
 from fairseq_moe_opt.moe.int8_linear import Int8Linear
 from fairseq_moe_opt.options import MoEOptions
 from fairseq_moe_opt.presets import with_preset
+from hf_integration.buffered import keep_in_files
 from hf_integration.expert_dtypes import prepare_experts, read_int8, resolve_expert_dtype
 from hf_integration.families import nllb_moe
-from hf_integration.optimize import optimize
+from hf_integration.optimize import install
 
 logger = logging.getLogger(__name__)
 
@@ -58,24 +60,70 @@ def from_pretrained(
     Raises CheckpointError for a missing, truncated or foreign checkpoint, NoMoELayerError for another kind of model,
     OptionError for a wrong option; options are checked before the first weight is read.
     """
-    options = with_preset(options)
-    wanted = MoEOptions.from_kwargs(**options)
+    wanted = MoEOptions.from_kwargs(**with_preset(options))
     folder = local_folder(path_or_id)
     config = read_config(folder)
     index = open_index(folder)
-    target_dtype = _resolve_dtype(dtype, config)
+    target = torch.device(device or "cpu")
     expert_dtype = resolve_expert_dtype(wanted.expert_dtype, config, index)
     with torch.device("meta"):
         model = MODEL_CLASSES[config.model_type](config)
-    _load_weights(model, index, target_dtype, expert_dtype, torch.device(device or "cpu"))
+    dtypes = _Dtypes(_resolve_dtype(dtype, config), expert_dtype, prepare_experts(model, expert_dtype))
+    names = _checkpoint_names(model, index)
+    _check_shapes(model, index, names)
+    buffer = _buffer(model, index, names, wanted, target, dtypes) if wanted.buffered else None
+    _load_weights(model, index, names, dtypes, target, () if buffer is None else _expert_tensors(model))
     model.config._name_or_path = str(path_or_id)
-    model.config.dtype = target_dtype
+    model.config.dtype = dtypes.model
     if expert_dtype is not None:
         setattr(model.config, NOTE, expert_dtype)
     _load_generation_config(model, folder)
     model.eval()
-    optimize(model, **options)
+    handle = install(model, wanted, buffer)
+    if buffer is not None:
+        experts = {name: nllb_moe.expert_pairs(block) for name, block in nllb_moe.sparse_blocks(model).items()}
+        keep_in_files(model, experts, buffer.stores, handle.patches, target, dtypes.model)
     return model
+
+
+@dataclass(frozen=True)
+class _Dtypes:
+    """Of a model's floats, and of its experts where ``expert_dtype`` gives them one of their own.
+
+    ``experts`` are the names of the modules that have it.
+    """
+
+    model: torch.dtype
+    expert_dtype: str | None
+    experts: Collection[str]
+
+    def of(self, module: str) -> torch.dtype:
+        """The dtype of the floats of ``module``; int8 experts keep biases of the model's."""
+        return torch.bfloat16 if self.expert_dtype == "bf16" and module in self.experts else self.model
+
+    @property
+    def matrices(self) -> torch.dtype:
+        """Of the experts' matrices."""
+        return self.model if self.expert_dtype is None else EXPERT_DTYPES[self.expert_dtype]
+
+
+def _buffer(
+    model: PreTrainedModel,
+    index: CheckpointIndex,
+    names: Mapping[str, str],
+    options: MoEOptions,
+    device: torch.device,
+    dtypes: _Dtypes,
+) -> ExpertBuffer:
+    """Slots for the experts, which stay where they are in the files."""
+
+    def find(name: str) -> TensorRecord:
+        if name.endswith(SCALE_SUFFIX):
+            return scale_of(index, names[name.removesuffix(SCALE_SUFFIX)])
+        return index[names[name]]
+
+    layers = nllb_moe.expert_layers(model, find)
+    return build_buffer(layers, options, device, dtypes.model, dtypes.matrices)
 
 
 def local_folder(path_or_id: str | Path) -> Path:
@@ -130,26 +178,37 @@ def _resolve_dtype(dtype: torch.dtype | str | None, config: PreTrainedConfig) ->
 
 
 def _load_weights(
-    model: PreTrainedModel, index: CheckpointIndex, dtype: torch.dtype, expert_dtype: str | None, device: torch.device
+    model: PreTrainedModel,
+    index: CheckpointIndex,
+    names: Mapping[str, str],
+    dtypes: _Dtypes,
+    device: torch.device,
+    left_out: Collection[str],
 ) -> None:
-    """Give every tensor of a storage-less ``model`` its memory and read it there."""
-    experts = prepare_experts(model, expert_dtype)
-    names = _checkpoint_names(model, index)
+    """Give every tensor of a storage-less ``model`` but those ``left_out`` its memory and read it there."""
     for name, stored in names.items():
         path, _, leaf = name.rpartition(".")
-        module = model.get_submodule(path)
-        _expect_shape(index, name, index[stored].shape, getattr(module, leaf).shape)
+        module, own = model.get_submodule(path), dtypes.of(path)
         if isinstance(module, Int8Linear) and leaf == "weight":
-            read_int8(module, index, stored, device)
+            if name not in left_out:
+                read_int8(module, index, stored, device)
+        elif name in left_out:
+            setattr(module, leaf, nn.Parameter(torch.empty(index[stored].shape, dtype=own, device="meta")))
         else:
-            own = EXPERT_DTYPES[expert_dtype] if expert_dtype == "bf16" and path in experts else dtype
             value = torch.empty(index[stored].shape, dtype=own, device=device)
             setattr(module, leaf, nn.Parameter(read_tensor(index[stored], out=value)))
     model.tie_weights()
-    _make_buffers(model, dtype, device)
-    left = [name for name, tensor in _tensors(model) if tensor.device.type == "meta"]
+    _make_buffers(model, dtypes.model, device)
+    left = [name for name, tensor in _tensors(model) if tensor.device.type == "meta" and name not in left_out]
     if left:
         raise CheckpointError(index.path, f"lacks {len(left)} tensors the model needs, first {left[0]!r}")
+
+
+def _expert_tensors(model: PreTrainedModel) -> frozenset[str]:
+    """Names of the parameters and buffers of all experts."""
+    return frozenset(
+        f"{path}.{leaf}" for path, linear in nllb_moe.expert_linears(model) for leaf, _ in _tensors(linear)
+    )
 
 
 def _checkpoint_names(model: PreTrainedModel, index: CheckpointIndex) -> dict[str, str]:
@@ -185,9 +244,12 @@ def _tied_groups(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
     return {names[0]: tuple(names) for names in by_id.values() if len(names) > 1}
 
 
-def _expect_shape(index: CheckpointIndex, name: str, shape: tuple[int, ...], wanted: Iterable[int]) -> None:
-    if shape != tuple(wanted):
-        raise CheckpointError(index.path, f"tensor {name!r} has shape {shape}, config.json asks for {tuple(wanted)}")
+def _check_shapes(model: PreTrainedModel, index: CheckpointIndex, names: Mapping[str, str]) -> None:
+    for name, stored in names.items():
+        path, _, leaf = name.rpartition(".")
+        shape, wanted = index[stored].shape, tuple(getattr(model.get_submodule(path), leaf).shape)
+        if shape != wanted:
+            raise CheckpointError(index.path, f"tensor {name!r} has shape {shape}, config.json asks for {wanted}")
 
 
 def _make_buffers(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> None:

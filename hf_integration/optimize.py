@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import GenerationMixin
 
+from fairseq_moe_opt.build import ExpertBuffer
 from fairseq_moe_opt.errors import OptionError
+from fairseq_moe_opt.moe import MoELayer
 from fairseq_moe_opt.moe.report import Report, peak_memory, tokens_by_phase, write_report
+from fairseq_moe_opt.moe.trace import TraceLayer, TraceRecorder, write_trace
 from fairseq_moe_opt.options import MoEOptions
 from fairseq_moe_opt.presets import with_preset
 from hf_integration.expert_dtypes import require_scales
 from hf_integration.families import family_of
-from hf_integration.patching import Installed
+from hf_integration.patching import Installed, Patches
 
 
 class Handle:
@@ -27,6 +31,7 @@ class Handle:
         self._model = model
         self._installed = installed
         self._seconds = 0.0
+        self._recorder = _recorder(installed.layers) if options.trace is not None else None
 
     @property
     def active(self) -> bool:
@@ -46,6 +51,7 @@ class Handle:
             peak_memory_bytes=peak,
             peak_memory_kind=kind,
             seconds=self._seconds,
+            buffer=self._installed.buffer,
         )
 
     def reset(self) -> None:
@@ -61,10 +67,17 @@ class Handle:
         self._installed.patches.undo()
 
     def finish_call(self, seconds: float) -> None:
-        """Note the wall time of a generate call and write the report where the options ask for it."""
+        """Note the wall time of a generate call, and write the report and the trace where the options ask for them."""
         self._seconds = seconds
         if self.options.report is not None:
             write_report(self.report(), self.options.report)
+        if self.options.trace is not None and self._recorder is not None:
+            write_trace(self._recorder.trace(), self.options.trace)
+
+    @property
+    def patches(self) -> Patches:
+        """What was changed in the model, to be added to by whoever changes more."""
+        return self._installed.patches
 
     def __repr__(self) -> str:
         state = "active" if self.active else "undone"
@@ -72,6 +85,15 @@ class Handle:
 
     def _device(self) -> torch.device:
         return next(self._model.parameters()).device
+
+
+def _recorder(layers: Sequence[MoELayer]) -> TraceRecorder:
+    """A recorder of what ``layers`` route from now on."""
+    counters = [layer.counters for layer in layers]
+    recorder = TraceRecorder([TraceLayer(one.name, one.phase, one.num_experts) for one in counters])
+    for layer in layers:
+        layer.observe(recorder)
+    return recorder
 
 
 class _Generate:
@@ -103,10 +125,21 @@ def optimize(model: nn.Module, **options: Any) -> Handle:
     wanted = MoEOptions.from_kwargs(**with_preset(options))
     if isinstance(getattr(model, "moe", None), Handle):
         raise OptionError("model", "this model is already optimised; call model.moe.undo() first to change options")
+    if wanted.buffered:
+        raise OptionError(
+            "expert_memory",
+            f"{wanted.expert_memory!r} would save nothing: the experts of this model are in memory already; load it "
+            "with hf_integration.from_pretrained(folder, expert_memory=...)",
+        )
+    return install(model, wanted)
+
+
+def install(model: nn.Module, options: MoEOptions, buffer: ExpertBuffer | None = None) -> Handle:
+    """``optimize`` with options that are checked, over ``buffer`` where the experts are not in the model."""
     family = family_of(model)
     require_scales(model)
-    installed = family.install(model, wanted)
-    handle = Handle(model, installed, wanted)
+    installed = family.install(model, options, buffer)
+    handle = Handle(model, installed, options)
     if isinstance(model, GenerationMixin):
         installed.patches.set_attribute(model, "generate", _Generate(model, handle))
     installed.patches.set_attribute(model, "moe", handle)

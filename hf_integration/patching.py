@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from fairseq_moe_opt.moe import MoELayer
+from fairseq_moe_opt.moe.cache_report import BufferReport
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,10 @@ class Patches:
         self._undo.append(undo)
 
     def undo(self) -> None:
-        """Put everything back; a second call does nothing."""
+        """Put everything back; a second call does nothing. What raises is tried again by the next call."""
         while self._undo:
-            self._undo.pop()()
+            self._undo[-1]()
+            self._undo.pop()
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,11 @@ class Installed:
         layers: the engine's layers, in the model's order.
         patches: how to take them out.
         expert_bytes: bytes of all expert weights.
+        buffer: of the memory they share; None where all of them stay.
     """
 
     family: str
     layers: tuple[MoELayer, ...]
     patches: Patches
     expert_bytes: int
+    buffer: BufferReport | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -68,11 +68,17 @@ class _Result:
 
 
 def compare(
-    model: PreTrainedModel, batches: Sequence[Batch], *, capacity: str = "none", stock: bool = False
+    model: PreTrainedModel,
+    batches: Sequence[Batch],
+    *,
+    capacity: str = "none",
+    stock: bool = False,
+    others: Mapping[str, Callable[[], PreTrainedModel]] | None = None,
 ) -> list[Comparison]:
     """Compare static gating and every kernel that runs here with the naive loop, on a loaded ``model``.
 
-    ``stock`` adds the host's own layers. The model comes back as it was given: optimised the same way, or not.
+    ``stock`` adds the host's own layers, ``others`` models that are loaded in another way. ``model`` comes back as it
+    was given: optimised the same way, or not.
     """
     before = model.moe.options if isinstance(getattr(model, "moe", None), Handle) else None
     weight = expert_weight(model)
@@ -86,6 +92,8 @@ def compare(
         for name, options in ways.items():
             full = None if options is None else {**options, "capacity": capacity}
             results.append(_difference(name, _run_as(model, full, batches, reference), reference))
+        for name, load in (others or {}).items():
+            results.append(_difference(name, _run(load(), batches, reference), reference))
         return results
     finally:
         _undo(model)
@@ -148,13 +156,18 @@ def _run_as(
     batches: Sequence[Batch],
     reference: Sequence[_Result] | None,
 ) -> list[_Result]:
-    """Logits and greedy tokens with ``options``, None for the host's own layers.
-
-    Logits are those of the reference's tokens, so that a token that differs does not change what is compared.
-    """
+    """Logits and greedy tokens with ``options``, None for the host's own layers."""
     _undo(model)
     if options is not None:
         optimize(model, **options)
+    return _run(model, batches, reference)
+
+
+def _run(model: PreTrainedModel, batches: Sequence[Batch], reference: Sequence[_Result] | None) -> list[_Result]:
+    """Logits and greedy tokens.
+
+    Logits are those of the reference's tokens, so that a token that differs does not change what is compared.
+    """
     results = []
     for number, batch in enumerate(batches):
         ids, mask = batch.ids.to(model.device), batch.mask.to(model.device)

@@ -1,7 +1,17 @@
 """Checkpoints: formats to names. Header-only readers, key maps as tables, writers; no model runs here."""
 
 from fairseq_moe_opt.checkpoints.convert import Conversion, convert
+from fairseq_moe_opt.checkpoints.expert_files import ExpertFiles, ExpertRecords
 from fairseq_moe_opt.checkpoints.opening import open_index
 from fairseq_moe_opt.checkpoints.records import CheckpointIndex, TensorRecord, read_tensor
 
-__all__ = ["CheckpointIndex", "Conversion", "TensorRecord", "convert", "open_index", "read_tensor"]
+__all__ = [
+    "CheckpointIndex",
+    "Conversion",
+    "ExpertFiles",
+    "ExpertRecords",
+    "TensorRecord",
+    "convert",
+    "open_index",
+    "read_tensor",
+]

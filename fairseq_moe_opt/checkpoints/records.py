@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,10 +11,8 @@ from typing import Any, final
 
 import torch
 
+from fairseq_moe_opt.checkpoints.ranges import memory_of, read_range
 from fairseq_moe_opt.errors import CheckpointError
-
-# Linux transfers at most 0x7ffff000 bytes in one read call; smaller pieces cost nothing.
-_MAX_READ = 1 << 30
 
 
 @final
@@ -114,7 +111,7 @@ def read_tensor(record: TensorRecord, out: torch.Tensor | None = None) -> torch.
         )
     if out is None:
         out = torch.empty(record.shape, dtype=record.dtype)
-    if record.is_contiguous and _readable_in_place(out, record.dtype):
+    if readable_in_place(record, out):
         _fill(record, out)
         return out
     with torch.no_grad():
@@ -136,40 +133,30 @@ def _read_beside(record: TensorRecord) -> torch.Tensor:
     return buffer.as_strided(record.shape, record.stride)
 
 
-def _readable_in_place(out: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether bytes of a file can be written directly into this tensor's memory."""
-    return out.device.type == "cpu" and out.dtype == dtype and out.is_contiguous()
+def readable_in_place(record: TensorRecord, out: torch.Tensor) -> bool:
+    """Whether the record's bytes can be written directly into this tensor's memory."""
+    return record.is_contiguous and out.device.type == "cpu" and out.dtype == record.dtype and out.is_contiguous()
 
 
 def _fill(record: TensorRecord, out: torch.Tensor) -> None:
     """Reads ``record.nbytes`` bytes into the memory of a contiguous CPU tensor of exactly that size."""
     if record.nbytes == 0:
         return
-    memory = memoryview((ctypes.c_char * record.nbytes).from_address(out.data_ptr())).cast("B")
     try:
         descriptor = os.open(record.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
     except OSError as error:
         raise CheckpointError(record.path, f"cannot be opened to read {record.name!r}: {error.strerror}") from error
     try:
-        _read_fully(descriptor, memory, record)
+        done = read_range(descriptor, [memory_of(out, record.nbytes)], record.offset)
+    except OSError as error:
+        raise CheckpointError(record.path, f"reading {record.name!r} failed: {error.strerror}") from error
     finally:
         os.close(descriptor)
-
-
-def _read_fully(descriptor: int, memory: memoryview, record: TensorRecord) -> None:
-    """Fills ``memory`` from the record's offset; a file that ends before is an error, never silence."""
-    done = 0
-    while done < record.nbytes:
-        try:
-            got = os.preadv(descriptor, [memory[done : done + _MAX_READ]], record.offset + done)
-        except OSError as error:
-            raise CheckpointError(record.path, f"reading {record.name!r} failed: {error.strerror}") from error
-        if got == 0:
-            raise CheckpointError(
-                record.path,
-                f"is truncated: tensor {record.name!r} needs {record.nbytes} bytes at {record.offset}, found {done}",
-            )
-        done += got
+    if done < record.nbytes:
+        raise CheckpointError(
+            record.path,
+            f"is truncated: tensor {record.name!r} needs {record.nbytes} bytes at {record.offset}, found {done}",
+        )
 
 
 def _without_unit_dims(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...]:

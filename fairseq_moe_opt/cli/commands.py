@@ -17,7 +17,6 @@ from rich.table import Table
 import fairseq_moe_opt
 from fairseq_moe_opt.cli.flags import Dtype, ExpertDtype, with_moe_flags
 from fairseq_moe_opt.errors import MoEError
-from fairseq_moe_opt.options import MoEOptions
 
 NAME = "moe-opt"
 FAILURE, BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
@@ -109,18 +108,60 @@ def info(
         Path, typer.Argument(metavar="PATH", help="checkpoint: a Transformers folder, or fairseq's x.pt or folder")
     ],
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    expert_memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="say what would be resident with so much memory for experts")
+    ] = None,
+    trace: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="and how many bytes a token would read, from this trace")
+    ] = None,
+    static_memory_table: Annotated[
+        bool, typer.Option("--static-memory-table", help="weights on each device by slots; config.json is enough")
+    ] = False,
+    ranks: Annotated[int, typer.Option(min=1, help="devices the table is for")] = 8,
 ) -> None:
     """Family, Mixture-of-Experts layers, bytes of dense and expert weights, and what fits where.
 
     Only headers are read, so it is quick for any size.
     """
+    from fairseq_moe_opt.cli import buffer_info
     from fairseq_moe_opt.cli.info import info_as_json, inspect_checkpoint, render_info
 
+    if trace is not None and expert_memory is None:
+        raise typer.BadParameter("--trace has no effect without --expert-memory")
+    console = output_console()
+    if static_memory_table:
+        tables = buffer_info.static_memory_tables(path, ranks)
+        buffer_info.render_static_memory(tables, ranks, console, as_json=as_json)
+        return
     found = inspect_checkpoint(path)
+    plan = None if expert_memory is None else buffer_info.plan_buffer(found, expert_memory, trace)
     if as_json:
-        typer.echo(info_as_json(found))
+        typer.echo(info_as_json(found, plan))
+        return
+    render_info(found, console)
+    if plan is not None:
+        buffer_info.render_plan(plan, console)
+
+
+@app.command()
+def cache(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="checkpoint that the trace is of")],
+    trace: Annotated[Path, typer.Option("--trace", metavar="FILE", help="trace, as --moe-trace records it")],
+    pool: Annotated[str, typer.Option(help="global: one cache for all layers; layer: one each")] = "global",
+    phase: Annotated[str, typer.Option(help="whose misses to show: encoder, decoder, all")] = "all",
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="draw the curves")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Miss rate against cache size, for every policy and for Belady's, which knows the future, from a trace."""
+    from fairseq_moe_opt.cli.caching import draw, render_sweep, sweep, sweep_as_json
+
+    found = sweep(path, trace, pool, phase)
+    if plot is not None:
+        draw(found, plot)
+    if as_json:
+        typer.echo(sweep_as_json(found))
     else:
-        render_info(found, output_console())
+        render_sweep(found, output_console())
 
 
 @app.command()
@@ -169,8 +210,8 @@ def convert(
     The way there and back is exact, bit for bit.
     """
     from fairseq_moe_opt.checkpoints import convert as convert_checkpoint
-    from fairseq_moe_opt.cli.info import readable
     from fairseq_moe_opt.cli.progress import status
+    from fairseq_moe_opt.sizes import readable
 
     with status(f"converting {src}"):
         done = convert_checkpoint(
@@ -248,7 +289,7 @@ def translate(
 
 
 @app.command()
-@with_moe_flags("capacity")
+@with_moe_flags("capacity", "expert_memory", "host_memory", "eviction", "expert_pool", "prefetch")
 def verify(
     path: Checkpoint,
     text: Annotated[
@@ -268,22 +309,13 @@ def verify(
     *,
     moe_options: dict[str, Any],
 ) -> None:
-    """Compute one text with the naive loop, static gating and every kernel, and compare.
+    """Compute one text with the naive loop, static gating, every kernel and buffered experts if asked for; compare.
 
     Exits with 1 when logits are further apart than the tolerance, or greedy tokens differ.
     """
     from fairseq_moe_opt.cli.verifying import Verification, run_verification
 
-    request = Verification(
-        path,
-        text,
-        (src_lang, tgt_lang),
-        batch_size,
-        dtype.value,
-        device,
-        str(MoEOptions.from_kwargs(**moe_options).capacity),
-        stock,
-    )
+    request = Verification(path, text, (src_lang, tgt_lang), batch_size, dtype.value, device, moe_options, stock)
     found = run_verification(request)
     console = output_console()
     console.print(found.description, highlight=False)

@@ -17,7 +17,14 @@ from fairseq_moe_opt.presets import PRESET, PRESET_HELP, with_preset
 PREFIX = "moe_"
 PANEL = "Mixture-of-Experts runtime"
 PARAMETER = "moe_options"
-_METAVARS: Mapping[str, str] = {"report": "FILE", PRESET: "NAME|FILE"}
+_METAVARS: Mapping[str, str] = {
+    "report": "FILE",
+    "trace": "FILE",
+    "warm_start": "FILE",
+    "expert_memory": "SIZE",
+    "host_memory": "SIZE",
+    PRESET: "NAME|FILE",
+}
 
 
 class Dtype(str, enum.Enum):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +15,11 @@ from rich.console import Console
 from rich.table import Table
 
 from fairseq_moe_opt.errors import CheckpointError
+from fairseq_moe_opt.sizes import aligned, readable
 
 if TYPE_CHECKING:
     from fairseq_moe_opt.checkpoints import CheckpointIndex, TensorRecord
+    from fairseq_moe_opt.cli.buffer_info import BufferPlan
 
 GIB = 1 << 30
 HEADROOM = 0.1
@@ -37,7 +39,10 @@ _NUMBER = re.compile(r"\.(\d+)\.")
 
 @dataclass(frozen=True)
 class MoELayerInfo:
-    """One Mixture-of-Experts layer: where it is, its experts, and the bytes and elements of all of them."""
+    """One Mixture-of-Experts layer: where it is, its experts, and the bytes and elements of all of them.
+
+    ``slot_bytes`` is what one of its experts takes in a buffer, at the dtype it is stored in.
+    """
 
     name: str
     phase: str
@@ -45,6 +50,7 @@ class MoELayerInfo:
     num_experts: int
     nbytes: int
     parameters: int
+    slot_bytes: int
 
 
 @dataclass(frozen=True)
@@ -181,19 +187,12 @@ def render_info(info: CheckpointInfo, console: Console) -> None:
     console.print(f"{HEADROOM:.0%} of each memory is left for activations and the rest of the process.")
 
 
-def info_as_json(info: CheckpointInfo) -> str:
-    """``info`` as JSON."""
-    return json.dumps(asdict(info), indent=2)
-
-
-def readable(nbytes: int) -> str:
-    """``25.6 MiB``."""
-    size, unit = float(nbytes), "B"
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if size < 1024 or unit == "TiB":
-            break
-        size /= 1024
-    return f"{nbytes} B" if unit == "B" else f"{size:.1f} {unit}"
+def info_as_json(info: CheckpointInfo, buffer: BufferPlan | None = None) -> str:
+    """``info`` as JSON, with what would be resident where that was asked for."""
+    content = asdict(info)
+    if buffer is not None:
+        content["buffer"] = asdict(buffer)
+    return json.dumps(content, indent=2)
 
 
 def _facts(info: CheckpointInfo) -> Iterable[tuple[str, str]]:
@@ -241,10 +240,20 @@ def _moe_layers(records: Iterable[TensorRecord]) -> tuple[MoELayerInfo, ...]:
             num_experts=max(count for count, _ in members),
             nbytes=sum(record.nbytes for _, record in members),
             parameters=_parameters(record for _, record in members),
+            slot_bytes=_slot_bytes(members),
         )
         for name, members in groups.items()
     ]
     return tuple(sorted(layers, key=lambda layer: (layer.phase != "encoder", layer.number or 0, layer.name)))
+
+
+def _slot_bytes(members: Sequence[tuple[int, TensorRecord]]) -> int:
+    """Bytes of one expert in a slot, where each tensor starts on a boundary; ``members`` are a layer's tensors."""
+    num_experts = max(count for count, _ in members)
+    sizes = [record.numel * record.dtype.itemsize for _, record in members]
+    if len(sizes) < num_experts:  # all experts of the layer in one tensor
+        return sum(aligned(size // num_experts) for size in sizes)
+    return sum(aligned(size) for size in sizes) // num_experts
 
 
 def _distinct(records: Iterable[TensorRecord]) -> list[TensorRecord]:

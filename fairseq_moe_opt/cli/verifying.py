@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fairseq_moe_opt.cli.progress import status
 from fairseq_moe_opt.cli.text_files import checked_line_count, decoded, open_lines
 from fairseq_moe_opt.errors import InputError
+from fairseq_moe_opt.options import MoEOptions
 
 if TYPE_CHECKING:
     from hf_integration.verify import Batch, Comparison
@@ -23,7 +25,7 @@ class Verification:
     batch_size: int
     dtype: str
     device: str | None
-    capacity: str
+    options: Mapping[str, Any]
     stock: bool
 
 
@@ -38,6 +40,7 @@ class Verified:
 
 def run_verification(request: Verification) -> Verified:
     """Load the checkpoint and compare every way of computing it."""
+    options = MoEOptions.from_kwargs(**request.options)
     lines = None if request.text is None else _read(request.text)
     from hf_integration import from_pretrained
     from hf_integration.translate import choose_device, quiet_host
@@ -48,8 +51,13 @@ def run_verification(request: Verification) -> Verified:
     batches, description = _batches(request, lines)
     with status(f"loading {request.checkpoint}"):
         model = from_pretrained(request.checkpoint, dtype=request.dtype, device=device, kernel=REFERENCE)
+    others: dict[str, Callable[[], Any]] = {}
+    if options.buffered:
+        others[f"buffered, {options.expert_memory}"] = lambda: from_pretrained(
+            request.checkpoint, dtype=request.dtype, device=device, **request.options
+        )
     with status("computing"):
-        found = compare(model, batches, capacity=request.capacity, stock=request.stock)
+        found = compare(model, batches, capacity=options.capacity, stock=request.stock, others=others)
     counted = tuple(one for one in found if one.name != STOCK)
     experts = str(expert_weight(model).dtype).removeprefix("torch.")
     dtypes = request.dtype if experts == request.dtype else f"{request.dtype} with {experts} experts"

@@ -103,7 +103,12 @@ class ResidentExperts:
         experts = (self._load(expert) for expert in range(self._num_experts))
         return any(tensor.requires_grad for weights in experts for tensor in weights.tensors())
 
-    def waves(self, needed: Sequence[int]) -> Iterator[ExpertWave]:
+    @property
+    def transient(self) -> bool:
+        """False: the weights stay."""
+        return False
+
+    def waves(self, needed: Sequence[int], rows: int | None = None) -> Iterator[ExpertWave]:
         """One wave with everything asked for."""
         yield ExpertWave(tuple(needed), tuple(self._load(expert) for expert in needed))
 
@@ -134,7 +139,12 @@ class ResidentPackedExperts:
         """Whether any weight takes gradients."""
         return any(tensor.requires_grad for tensor in self._packed.expert(0).tensors())
 
-    def waves(self, needed: Sequence[int]) -> Iterator[ExpertWave]:
+    @property
+    def transient(self) -> bool:
+        """False: the weights stay."""
+        return False
+
+    def waves(self, needed: Sequence[int], rows: int | None = None) -> Iterator[ExpertWave]:
         """One wave with everything asked for, and the stack."""
         weights = tuple(self._packed.expert(expert) for expert in needed)
         yield ExpertWave(tuple(needed), weights, self._packed)

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from fairseq_moe_opt.errors import KernelError
 from fairseq_moe_opt.moe import dispatch as dispatching
 from fairseq_moe_opt.moe.experts import NO_DROPOUT, ExpertDropout, check_activation, compute_dtype, expert_ffn
 from fairseq_moe_opt.moe.kernels import choose_kernel, get_kernel
@@ -66,6 +67,9 @@ class MoELayer:
     It owns no parameters: ``gate`` maps tokens to (T, E) logits and ``store`` gives experts, so a host model keeps its
     own modules and state dict. Experts may be spread over ranks: ``exchange`` (``padded_exchange`` for static gating)
     then brings rows to them, and ``store`` holds this rank's alone, by slot.
+
+    Attributes:
+        look_ahead: is told the (T, D) tokens and the number of routed rows of each forward when that is computed.
     """
 
     def __init__(
@@ -87,8 +91,13 @@ class MoELayer:
         self.config = config
         self.counters = counters
         self._gate = gate
+        self.look_ahead: Callable[[Tensor, int], None] | None = None
         self._observers = tuple(observers)
         self._kernels: dict[tuple[torch.device, torch.dtype], str] = {}
+
+    def observe(self, observer: RoutingObserver) -> None:
+        """Tell ``observer`` of every routing from now on."""
+        self._observers = (*self._observers, observer)
 
     def __call__(
         self,
@@ -126,6 +135,7 @@ class MoELayer:
                 tokens, masked, self.store, self.config.activation, self.padded_exchange, dropout
             )
         self._count(tokens, routing, plan, computed, "static")
+        self._tell_what_is_next(tokens, plan)
         return output
 
     def _dynamic(self, tokens: Tensor, routing: Routing, masked: Routing, dropout: ExpertDropout) -> Tensor:
@@ -141,9 +151,15 @@ class MoELayer:
         with self.counters.timed("experts", tokens.device):
             compute = partial(self._experts_autograd, dropout) if autograd else self._experts
             results = compute(arrival.rows, dispatching.segments(arrival.counts))
+        self._tell_what_is_next(tokens, plan)
         with self.counters.timed("combine", tokens.device):
             returned = self.exchange.combine(results, arrival.state).to(tokens.dtype)
             return dispatching.combine(returned, plan, masked.weight)
+
+    def _tell_what_is_next(self, tokens: Tensor, plan: Dispatch) -> None:
+        """When this layer's experts are computed: what is fetched for the next one must not be in their way."""
+        if self.look_ahead is not None:
+            self.look_ahead(tokens, plan.num_rows)
 
     def _experts(self, rows: Tensor, segments: tuple[Segment, ...]) -> Tensor:
         """(R, D) sorted rows to (R + 1, D) results; the last row is zero, for choices that are not computed."""
@@ -153,7 +169,7 @@ class MoELayer:
             return results
         kernel = self._kernel(rows)
         by_expert = {segment.expert: segment for segment in segments}
-        for wave in self.store.waves(tuple(by_expert)):
+        for wave in self.store.waves(tuple(by_expert), rows.shape[0]):
             due = tuple(by_expert[expert] for expert in wave.experts)
             kernel.run(rows, due, wave, self.config.activation, results[:-1])
         return results
@@ -165,15 +181,19 @@ class MoELayer:
         pieces = torch.split_with_sizes(rows, [segment.stop - segment.start for segment in segments])
         by_expert = dict(zip((segment.expert for segment in segments), pieces, strict=True))
         parts: dict[int, Tensor] = {}
-        for wave in self.store.waves(tuple(by_expert)):
+        for wave in self.store.waves(tuple(by_expert), rows.shape[0]):
             for expert, weights in zip(wave.experts, wave.weights, strict=True):
                 parts[expert] = expert_ffn(by_expert[expert], weights, activation, dropout).to(rows.dtype)
         return torch.cat([*(parts[segment.expert] for segment in segments), rows.new_zeros(1, rows.shape[1])])
 
     def _wants_autograd(self, tokens: Tensor) -> bool:
-        if torch.is_autocast_enabled(tokens.device.type):
-            return True
-        return torch.is_grad_enabled() and (tokens.requires_grad or self.store.trainable)
+        wanted = torch.is_grad_enabled() and (tokens.requires_grad or self.store.trainable)
+        if wanted and self.store.transient:
+            raise KernelError(
+                f"{self.counters.name}: gradients are wanted, but buffered experts are overwritten after use; "
+                "run under torch.no_grad(), or load with expert_memory='all'"
+            )
+        return wanted or torch.is_autocast_enabled(tokens.device.type)
 
     def _kernel(self, rows: Tensor) -> ExpertKernel:
         key = (rows.device, self.store.dtype)

@@ -57,6 +57,11 @@ class ModuleExperts:
         )
 
     @property
+    def transient(self) -> bool:
+        """False: the weights stay."""
+        return False
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all experts."""
         return sum(self.weights(expert).nbytes for expert in range(len(self.pairs)))
@@ -68,7 +73,7 @@ class ModuleExperts:
         first, second = fc1._parameters, fc2._parameters
         return ExpertWeights(first["weight"], first["bias"], second["weight"], second["bias"])  # type: ignore[arg-type]
 
-    def waves(self, needed: Sequence[int]) -> Iterator[ExpertWave]:
+    def waves(self, needed: Sequence[int], rows: int | None = None) -> Iterator[ExpertWave]:
         """One wave with everything asked for."""
         yield ExpertWave(tuple(needed), tuple(self.weights(expert) for expert in needed))
 
@@ -103,11 +108,11 @@ class PackedModuleExperts(ModuleExperts):
         super().__init__(pairs)
         self._packed = self._pack()
 
-    def waves(self, needed: Sequence[int]) -> Iterator[ExpertWave]:
+    def waves(self, needed: Sequence[int], rows: int | None = None) -> Iterator[ExpertWave]:
         """One wave with everything asked for, and the stack."""
         if not (self._is_view(0) and self._is_view(len(self.pairs) - 1)):
             self._packed = self._pack()
-        for wave in super().waves(needed):
+        for wave in super().waves(needed, rows):
             yield ExpertWave(wave.experts, wave.weights, self._packed)
 
     def unpack(self) -> None:

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from fairseq_moe_opt.moe.exchange_report import ExchangeCounters
-from fairseq_moe_opt.moe.types import Arrival, Dispatch, ExpertWave, Routing, Segment
+from fairseq_moe_opt.moe.types import (
+    Arrival,
+    Dispatch,
+    ExpertKey,
+    ExpertRead,
+    ExpertWave,
+    ExpertWeights,
+    Routing,
+    Segment,
+)
 
 
 class Router(Protocol):
@@ -51,8 +60,23 @@ class ExpertStore(Protocol):
     def trainable(self) -> bool:
         """Whether any weight takes gradients."""
 
-    def waves(self, needed: Sequence[int]) -> Iterator[ExpertWave]:
-        """Give every expert of ``needed`` (ascending, no repeats) exactly once, in as many waves as memory asks for."""
+    @property
+    def transient(self) -> bool:
+        """Whether weights are overwritten after their wave, so that no gradient can flow through them later."""
+
+    def waves(self, needed: Sequence[int], rows: int | None = None) -> Iterator[ExpertWave]:
+        """Give every expert of ``needed`` (ascending, no repeats) exactly once, in as many waves as memory asks for.
+
+        ``rows`` is how many rows the call sends to them together, where that is known: few rows mean that the next
+        call will want other experts, many that it will want them all.
+        """
+
+
+class ExpertSource(Protocol):
+    """Where experts are fetched from that are not on the device. Several threads call it at the same time."""
+
+    def load(self, key: ExpertKey, into: ExpertWeights) -> ExpertRead:
+        """Fill ``into``, whose shapes are the expert's; CheckpointError names the expert and the file at fault."""
 
 
 class TokenExchange(Protocol):

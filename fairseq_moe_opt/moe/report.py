@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from fairseq_moe_opt.moe.cache_report import BufferReport, CacheCounters, CacheReport
 from fairseq_moe_opt.moe.exchange_report import ExchangeCounters, ExchangeReport
 from fairseq_moe_opt.moe.types import Dispatch
 
@@ -42,6 +43,7 @@ class LayerReport:
         seconds: wall time by step, empty unless profiling was on.
         kernels: what ran: names of kernels, ``static``, or ``autograd`` where gradients were wanted.
         exchange: what was sent to and received from other ranks; None where all experts are on this one.
+        cache: what the expert cache did; None where all experts stay in memory.
     """
 
     name: str
@@ -57,6 +59,11 @@ class LayerReport:
     seconds: dict[str, float]
     kernels: tuple[str, ...]
     exchange: ExchangeReport | None = None
+    cache: CacheReport | None = None
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values, ready for ``json.dump``."""
+        return {**asdict(self), "cache": None if self.cache is None else self.cache.to_dict()}
 
 
 @dataclass
@@ -68,6 +75,7 @@ class LayerCounters:
     num_experts: int
     profile: bool = False
     exchange: ExchangeCounters | None = None
+    cache: CacheCounters | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def __post_init__(self) -> None:
@@ -83,6 +91,8 @@ class LayerCounters:
             self._kernels: dict[str, None] = {}
         if self.exchange is not None:
             self.exchange.reset()
+        if self.cache is not None:
+            self.cache.reset()
 
     def add(self, num_tokens: int, dispatch: Dispatch, computed_rows: int, kernel: str) -> None:
         """Count one forward of ``num_tokens`` tokens."""
@@ -114,9 +124,10 @@ class LayerCounters:
             self._seconds[step] += time.perf_counter() - start
 
     def __deepcopy__(self, memo: dict[int, object]) -> LayerCounters:
-        # The copied exchange adds to the same copy of its counters: deepcopy remembers it.
+        # The copied exchange adds to the same copy of its counters: deepcopy remembers it. Buffered experts, and what
+        # they count, are shared by copies.
         exchange = copy.deepcopy(self.exchange, memo)
-        return LayerCounters(self.name, self.phase, self.num_experts, self.profile, exchange=exchange)
+        return LayerCounters(self.name, self.phase, self.num_experts, self.profile, exchange, self.cache)
 
     def __reduce__(self) -> tuple[type[LayerCounters], tuple[str, str, int, bool, ExchangeCounters | None]]:
         # A copied or pickled model starts counting afresh; a lock cannot travel anyway.
@@ -125,6 +136,7 @@ class LayerCounters:
     def snapshot(self) -> LayerReport:
         """The sums so far."""
         exchange = None if self.exchange is None else self.exchange.snapshot()
+        cache = None if self.cache is None else self.cache.snapshot()
         with self._lock:
             return LayerReport(
                 self.name,
@@ -140,6 +152,7 @@ class LayerCounters:
                 dict(self._seconds),
                 tuple(self._kernels),
                 exchange=exchange,
+                cache=cache,
             )
 
 
@@ -162,6 +175,7 @@ class Report:
         peak_memory_bytes: the peak named by ``peak_memory_kind``.
         peak_memory_kind: ``cuda allocated`` since the reset, or ``process resident`` since the process started.
         seconds: wall time of the generate call, 0 when there was none.
+        buffer: the memory that experts share; None where all of them stay.
     """
 
     family: str
@@ -172,6 +186,7 @@ class Report:
     peak_memory_bytes: int
     peak_memory_kind: str
     seconds: float
+    buffer: BufferReport | None = None
 
     @property
     def step_seconds(self) -> dict[str, float]:
@@ -184,7 +199,8 @@ class Report:
 
     def to_dict(self) -> dict[str, object]:
         """Plain values, ready for ``json.dump``."""
-        return {**asdict(self), "step_seconds": self.step_seconds}
+        layers = [layer.to_dict() for layer in self.layers]
+        return {**asdict(self), "layers": layers, "step_seconds": self.step_seconds}
 
 
 def tokens_by_phase(layers: Iterable[LayerReport]) -> dict[str, int]:

@@ -20,6 +20,7 @@ weight 0: it sorts to the tail and costs nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -188,6 +189,24 @@ class ExpertWeights:
             vector(model_width, quantized, torch.float32),
             vector(ffn_width, quantized and gated, torch.float32),
         )
+
+
+class ExpertKey(NamedTuple):
+    """One expert of a model: its layer's name, and its number there."""
+
+    layer: str
+    expert: int
+
+    def __str__(self) -> str:
+        return f"expert {self.expert} of {self.layer}"
+
+
+@dataclass(frozen=True)
+class ExpertRead:
+    """What it took to fetch one expert: the ``tier`` it came from (``file``, ``host`` ...) and the bytes read there."""
+
+    tier: str
+    nbytes: int
 
 
 @dataclass(frozen=True)

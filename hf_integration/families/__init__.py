@@ -7,6 +7,7 @@ from typing import Protocol
 
 from torch import nn
 
+from fairseq_moe_opt.build import ExpertBuffer
 from fairseq_moe_opt.errors import NoMoELayerError
 from fairseq_moe_opt.options import MoEOptions
 from hf_integration.families import nllb_moe
@@ -24,8 +25,8 @@ class Family(Protocol):
     def expert_linears(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """Name and module of every linear layer of every expert."""
 
-    def install(self, model: nn.Module, options: MoEOptions) -> Installed:
-        """Put the engine's layers in place of the model's own."""
+    def install(self, model: nn.Module, options: MoEOptions, buffer: ExpertBuffer | None = None) -> Installed:
+        """Put the engine's layers in place of the model's own, over ``buffer`` where experts are buffered."""
 
 
 FAMILIES: tuple[Family, ...] = (nllb_moe,)

@@ -10,7 +10,7 @@ probability, as fairseq's expert output masking does (Transformers applies eleme
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -19,7 +19,16 @@ from torch.nn import functional
 from transformers.models.nllb_moe.configuration_nllb_moe import NllbMoeConfig
 from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeSparseMLP, NllbMoeTop2Router
 
-from fairseq_moe_opt.build import LayerSpec, build_layer, needs_packed_experts
+from fairseq_moe_opt.build import (
+    ExpertBuffer,
+    ExpertLayer,
+    LayerSpec,
+    build_layer,
+    connect_routers,
+    needs_packed_experts,
+)
+from fairseq_moe_opt.checkpoints import TensorRecord
+from fairseq_moe_opt.checkpoints.expert_dtypes import SCALE_SUFFIX
 from fairseq_moe_opt.moe import CapacityRule, GShardTop2Router, MoELayer
 from fairseq_moe_opt.moe.int8_linear import Int8Linear
 from fairseq_moe_opt.moe.module_experts import Int8ModuleExperts, ModuleExperts, PackedModuleExperts
@@ -29,6 +38,7 @@ from hf_integration.patching import Installed, Patches
 NAME = "nllb-moe"
 MODEL_TYPE = "nllb-moe"
 PHASES = ("encoder", "decoder")
+_LINEARS = ("fc1", "fc2")
 
 
 def matches(model: nn.Module) -> bool:
@@ -36,30 +46,67 @@ def matches(model: nn.Module) -> bool:
     return any(True for _ in _blocks(model))
 
 
-def install(model: nn.Module, options: MoEOptions) -> Installed:
-    """Replace the forward of every sparse layer; parameters, modules and their names stay."""
+def install(model: nn.Module, options: MoEOptions, buffer: ExpertBuffer | None = None) -> Installed:
+    """Replace the forward of every sparse layer; parameters, modules and their names stay.
+
+    With ``buffer``, experts come from its stores; their own parameters hold nothing.
+    """
     patches = Patches()
     masks = _watch_padding(model, patches)
     layers: list[MoELayer] = []
     expert_bytes = 0
     for name, block in _blocks(model):
         spec = layer_spec(name, cast(NllbMoeConfig, model.config))
-        store = _expert_store(block, options, patches)
+        expert_bytes += _module_experts(block).nbytes
+        store = _expert_store(block, options, patches) if buffer is None else buffer.stores[name]
         router_forward = _GateForward(block.router)
         layer = build_layer(spec, options, _Gate(block.router), store)
         patches.replace_forward(block.router, router_forward)
         patches.replace_forward(block, _BlockForward(block, layer, masks, spec.phase))
         layers.append(layer)
-        expert_bytes += store.nbytes
-    return Installed(NAME, tuple(layers), patches, expert_bytes)
+    if buffer is None:
+        return Installed(NAME, tuple(layers), patches, expert_bytes)
+    connect_routers(layers, [_QuietGate(block.router) for _, block in _blocks(model)], buffer)
+    return Installed(NAME, tuple(layers), patches, expert_bytes, buffer.report)
+
+
+def expert_layers(model: nn.Module, records: Callable[[str], TensorRecord]) -> tuple[ExpertLayer, ...]:
+    """Where the experts of every sparse layer lie; ``records`` finds a parameter by its name in ``model``."""
+    return tuple(
+        ExpertLayer(
+            name,
+            phase_of(name),
+            tuple(_records(f"{name}.experts.expert_{e}", records) for e in range(block.num_experts)),
+        )
+        for name, block in _blocks(model)
+    )
+
+
+def _records(prefix: str, find: Callable[[str], TensorRecord]) -> dict[str, TensorRecord]:
+    records = {f"{one}_{leaf}": find(f"{prefix}.{one}.{leaf}") for one in _LINEARS for leaf in ("weight", "bias")}
+    for one in _LINEARS:
+        if records[f"{one}_weight"].dtype == torch.int8:
+            records[f"{one}_scale"] = find(f"{prefix}.{one}.weight{SCALE_SUFFIX}")
+    return records
+
+
+def sparse_blocks(model: nn.Module) -> dict[str, NllbMoeSparseMLP]:
+    """The sparse layers by name, in the model's order."""
+    return dict(_blocks(model))
+
+
+def expert_pairs(block: NllbMoeSparseMLP) -> list[tuple[nn.Module, nn.Module]]:
+    """(fc1, fc2) of every expert, by name: Transformers 5 keeps other modules in the same ModuleDict."""
+    experts = [block.experts[f"expert_{index}"] for index in range(block.num_experts)]
+    return [(expert.fc1, expert.fc2) for expert in experts]
 
 
 def expert_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Name and module of every expert's ``fc1`` and ``fc2``, in the model's order."""
     for name, block in _blocks(model):
-        for index, expert in enumerate(_experts(block)):
-            for layer in ("fc1", "fc2"):
-                yield f"{name}.experts.expert_{index}.{layer}", getattr(expert, layer)
+        for index, pair in enumerate(expert_pairs(block)):
+            for layer, linear in zip(_LINEARS, pair, strict=True):
+                yield f"{name}.experts.expert_{index}.{layer}", linear
 
 
 def layer_spec(name: str, config: NllbMoeConfig) -> LayerSpec:
@@ -73,8 +120,12 @@ def layer_spec(name: str, config: NllbMoeConfig) -> LayerSpec:
         fp32_gating=config.router_dtype == "float32",
         round_early=True,
     )
-    phase = "decoder" if "decoder." in name else "encoder"
-    return LayerSpec(name, phase, router, config.activation_function, float(config.moe_token_dropout))
+    return LayerSpec(name, phase_of(name), router, config.activation_function, float(config.moe_token_dropout))
+
+
+def phase_of(name: str) -> str:
+    """The phase of the layer ``name``."""
+    return "decoder" if "decoder." in name else "encoder"
 
 
 def _blocks(model: nn.Module) -> Iterator[tuple[str, NllbMoeSparseMLP]]:
@@ -83,19 +134,18 @@ def _blocks(model: nn.Module) -> Iterator[tuple[str, NllbMoeSparseMLP]]:
             yield name, module
 
 
-def _experts(block: NllbMoeSparseMLP) -> list[Any]:
-    # By name: Transformers 5 keeps other modules (token_dropout) in the same ModuleDict.
-    return [block.experts[f"expert_{index}"] for index in range(block.num_experts)]
-
-
 def _expert_store(block: NllbMoeSparseMLP, options: MoEOptions, patches: Patches) -> ModuleExperts:
-    pairs = [(expert.fc1, expert.fc2) for expert in _experts(block)]
-    weight = pairs[0][0].weight
+    weight = cast(Tensor, expert_pairs(block)[0][0].weight)
     if not needs_packed_experts(options, weight.device, weight.dtype):
-        return Int8ModuleExperts(pairs) if isinstance(pairs[0][0], Int8Linear) else ModuleExperts(pairs)
-    packed = PackedModuleExperts(pairs)
+        return _module_experts(block)
+    packed = PackedModuleExperts(expert_pairs(block))
     patches.on_undo(packed.unpack)
     return packed
+
+
+def _module_experts(block: NllbMoeSparseMLP) -> ModuleExperts:
+    pairs = expert_pairs(block)
+    return Int8ModuleExperts(pairs) if isinstance(pairs[0][0], Int8Linear) else ModuleExperts(pairs)
 
 
 class _PaddingMasks(threading.local):
@@ -169,6 +219,16 @@ class _Gate:
 
     def __call__(self, tokens: Tensor) -> Tensor:
         return cast(Tensor, self._router(tokens)[2])
+
+
+class _QuietGate:
+    """The same logits without the router's hooks, for a guess that no one else is to see."""
+
+    def __init__(self, router: NllbMoeTop2Router) -> None:
+        self._forward = _GateForward(router)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        return self._forward(tokens)[2]
 
 
 class _BlockForward:

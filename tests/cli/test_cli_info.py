@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fairseq_moe_opt.cli.info import GIB, inspect_checkpoint, readable, what_fits
+from fairseq_moe_opt.cli.info import GIB, inspect_checkpoint, what_fits
+from fairseq_moe_opt.sizes import readable
 from tests.cli.conftest import Run
 
 GOLDENS = Path(__file__).resolve().parents[1] / "data" / "goldens"

@@ -65,3 +65,20 @@ def test_a_model_on_the_gpu_equals_itself_on_the_cpu(device: torch.device) -> No
     actual = logits(model, {name: tensor.to(device) for name, tensor in inputs.items()})
     torch.testing.assert_close(actual.cpu(), expected, rtol=0, atol=1e-4)
     assert model.moe.report().peak_memory_kind == "cuda allocated"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("host_memory", ["0", "50%"])
+def test_buffered_experts_equal_resident_ones(
+    device: torch.device, dtype: str, host_memory: str, tmp_path: Path
+) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    inputs = {name: tensor.to(device) for name, tensor in batch().items()}
+    expected = logits(from_pretrained(tmp_path, device=device, dtype=dtype, kernel="loop"), inputs)
+    for expert_memory in ("100%", "25%", "6400B" if dtype == "bfloat16" else "12800B"):
+        model = from_pretrained(
+            tmp_path, device=device, dtype=dtype, expert_memory=expert_memory, host_memory=host_memory
+        )
+        for _ in range(3):
+            assert torch.equal(logits(model, inputs), expected)
+        assert (model.moe.report().buffer.host_bytes > 0) == (host_memory != "0")

@@ -14,7 +14,18 @@ from pathlib import PurePosixPath
 ENGINE, HF = "fairseq_moe_opt", "hf_integration"
 
 # The lowest stones: they know at most each other.
-BOTTOM = frozenset({"errors", "moe.types", "moe.protocols", "moe.exchange_report", "moe.quantization"})
+BOTTOM = frozenset(
+    {
+        "errors",
+        "sizes",
+        "moe.types",
+        "moe.protocols",
+        "moe.quantization",
+        "moe.trace",
+        "moe.cache_report",
+        "moe.exchange_report",
+    }
+)
 # Rooms that stand beside each other on the lowest stones and do not know of each other.
 SIBLINGS = frozenset({"moe", "buffering", "placement", "parallel", "checkpoints", "profiling"})
 HOSTS: Mapping[str, frozenset[str]] = {
@@ -27,10 +38,13 @@ _BELOW_TOP = BOTTOM | SIBLINGS | _MIDDLE | {"package", "environment"}
 
 MAY_IMPORT: Mapping[str, frozenset[str]] = {
     "errors": frozenset(),
+    "sizes": frozenset({"errors"}),
     "moe.types": frozenset({"errors"}),
     "moe.exchange_report": frozenset({"errors"}),
     "moe.protocols": frozenset({"errors", "moe.types", "moe.exchange_report"}),
     "moe.quantization": frozenset({"errors", "moe.types"}),  # one rule for layers, converters and stores
+    "moe.trace": frozenset({"errors", "moe.types"}),
+    "moe.cache_report": frozenset({"errors", "moe.types"}),
     **{room: BOTTOM for room in SIBLINGS},
     "environment": frozenset({"errors"}),
     "options": BOTTOM,

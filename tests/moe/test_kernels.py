@@ -67,6 +67,24 @@ def test_threads_compute_crowded_and_thin_experts(sizes: tuple[int, ...]) -> Non
 
 
 @pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("sizes", [(1, 1), (5, 5), (40, 2), (100, 100), (300, 2)], ids=str)
+def test_an_expert_has_the_same_bits_in_whatever_wave_it_comes(sizes: tuple[int, int]) -> None:
+    """How many cores an expert gets must not depend on what else is in its wave: more cores round otherwise."""
+    experts = random_experts(2, 256, 1024)
+    rows = torch.randn(sum(sizes), 256)
+    segments = [Segment(0, 0, sizes[0]), Segment(1, sizes[0], sum(sizes))]
+    store, kernel = ResidentExperts(2, experts.expert), get_kernel("loop")
+    together, apart = torch.empty_like(rows), torch.empty_like(rows)
+    with torch.inference_mode():
+        (wave,) = store.waves((0, 1))
+        kernel.run(rows, segments, wave, "relu", together)
+        for segment in segments:
+            (wave,) = store.waves((segment.expert,))
+            kernel.run(rows, [segment], wave, "relu", apart)
+    assert torch.equal(together, apart)
+
+
+@pytest.mark.usefixtures("two_threads")
 def test_threads_do_everything_once_and_leave_the_process_setting() -> None:
     threads, done, lock = SingleCoreThreads(), [], threading.Lock()
 

@@ -26,7 +26,9 @@ class LoopKernel:
     """One FFN an active expert.
 
     On CPU, experts run on different cores, each GEMM on one core; an expert with more than an equal share of the rows
-    (and at least 256) runs first, on all cores. Elsewhere they run in order on the caller's stream.
+    (and at least 256), or with all of them, runs first, on all cores. Which of the two an expert does depends on the
+    rows of the whole call only, never on the wave it comes in, because the number of cores changes the rounding.
+    Elsewhere they run in order on the caller's stream.
     """
 
     name = "loop"
@@ -55,7 +57,7 @@ class LoopKernel:
 
         by_size = sorted(segments, key=lambda segment: segment.start - segment.stop)
         fair_share = len(rows) / torch.get_num_threads()
-        wide = [s for s in by_size if s.stop - s.start >= max(fair_share, _WIDE_ROWS)]
+        wide = [s for s in by_size if s.stop - s.start >= min(max(fair_share, _WIDE_ROWS), len(rows))]
         with torch.inference_mode():
             for segment in wide:
                 compute(segment)

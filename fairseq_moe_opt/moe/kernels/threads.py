@@ -32,14 +32,15 @@ class SingleCoreThreads:
     def for_each(self, work: Callable[[Item], None], items: Iterable[Item]) -> None:
         """Call ``work`` on every item, the earlier ones first, each on whichever thread is free.
 
-        Runs in the calling thread when torch has one thread only. An exception of ``work`` is raised here, after
-        every thread has stopped. The caller's inference mode does not reach the threads: they run in it always.
+        Runs in the calling thread when torch has one thread only; a single item runs on one core too, so that its
+        result does not depend on how many came with it. An exception of ``work`` is raised here, after every thread
+        has stopped. The caller's inference mode does not reach the threads: they run in it always.
         """
         queue = deque(items)
-        num_threads = min(torch.get_num_threads(), len(queue))
-        if num_threads <= 1:
+        if torch.get_num_threads() == 1 or not queue:
             _drain(queue, work)
             return
+        num_threads = min(torch.get_num_threads(), len(queue))
         pool = self._get_pool()
         futures = [pool.submit(_drain, queue, work) for _ in range(num_threads)]
         wait(futures)

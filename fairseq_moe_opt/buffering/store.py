@@ -1,0 +1,70 @@
+"""The engine's expert store over a pool: a layer asks for experts and gets them in waves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from fairseq_moe_opt.buffering.pool import ExpertPool, PooledLayer, Slot
+from fairseq_moe_opt.buffering.prefetch import Prefetcher
+from fairseq_moe_opt.buffering.visit import Visit
+from fairseq_moe_opt.moe.types import ExpertKey, ExpertWave
+
+
+class BufferedExperts:
+    """The experts of one layer, in the slots that it shares with other layers.
+
+    Waves are split by expert, never within one, and what is resident comes first; a wave's weights are overwritten
+    after the next one was asked for. May be used by several threads at once.
+    """
+
+    def __init__(self, pool: ExpertPool, layer: PooledLayer, prefetcher: Prefetcher | None = None) -> None:
+        self.pool, self.layer = pool, layer
+        self._prefetcher = prefetcher
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.layer.num_experts
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the experts' matrices in their slots."""
+        return self.layer.layout.expert_dtype
+
+    @property
+    def trainable(self) -> bool:
+        """False: weights are only ever read."""
+        return False
+
+    @property
+    def transient(self) -> bool:
+        """True: slots are used again."""
+        return True
+
+    def waves(self, needed: Sequence[int], rows: int | None = None) -> Iterator[ExpertWave]:
+        """Give every expert of ``needed`` exactly once; CheckpointError when one cannot be fetched."""
+        if not needed:
+            return
+        prefetcher = self._prefetcher
+        for wave in Visit(self.pool, self.layer, needed).waves():
+            if prefetcher is not None:  # once, when what this forward misses is on its way
+                prefetcher.after(self.layer, rows)
+                prefetcher = None
+            yield _wave(wave)
+
+    def look_ahead(self, tokens: Tensor, rows: int) -> None:
+        """Tell what (T, D) ``tokens`` the layer was given, and how many rows it routed: predicts the next layer."""
+        if self._prefetcher is not None:
+            self._prefetcher.look_ahead(self.layer, tokens, rows)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> BufferedExperts:
+        # Experts never change, so a copied model shares them, and their pool.
+        return self
+
+
+def _wave(slots: dict[ExpertKey, Slot]) -> ExpertWave:
+    weights = tuple(slot.weights for slot in slots.values() if slot.weights is not None)
+    return ExpertWave(tuple(key.expert for key in slots), weights)

@@ -1,0 +1,28 @@
+"""The size of a model's weights from its ``config.json`` alone: the model is built without storage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from fairseq_moe_opt.buffering import LayerSize
+from hf_integration.families import nllb_moe
+from hf_integration.loading import MODEL_CLASSES, read_config
+
+
+def model_sizes(folder: Path, item_bytes: int) -> tuple[int, tuple[LayerSize, ...]]:
+    """Bytes of everything but experts, and the sparse layers, with ``item_bytes`` a parameter.
+
+    Raises CheckpointError or NoMoELayerError for a folder without the configuration of a known model.
+    """
+    config = read_config(folder)
+    with torch.device("meta"):
+        model = MODEL_CLASSES[config.model_type](config)
+    model.tie_weights()
+    layers = []
+    for name, block in nllb_moe.sparse_blocks(model).items():
+        one = sum(tensor.numel() for module in nllb_moe.expert_pairs(block)[0] for tensor in module.parameters())
+        layers.append(LayerSize(nllb_moe.phase_of(name), block.num_experts, one * item_bytes))
+    total = sum(parameter.numel() for parameter in model.parameters()) * item_bytes
+    return total - sum(layer.num_experts * layer.expert_bytes for layer in layers), tuple(layers)
