@@ -83,9 +83,11 @@ def join_world(device: torch.device, timeout: float) -> ProcessGroupRanks:
         )
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    alone = {} if "WORLD_SIZE" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **alone)
+    backend, patience = "nccl" if device.type == "cuda" else "gloo", timedelta(seconds=timeout)
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend, timeout=patience)
+    else:
+        dist.init_process_group(backend, "tcp://127.0.0.1:0", timeout=patience, rank=0, world_size=1)
     return ProcessGroupRanks(device=device, timeout=timeout)
 
 
@@ -96,7 +98,8 @@ def _translate(
     check_destination(destination, "-o")
     content = _content(job)
     agree(ranks, content)
-    parallel = ExpertParallel(ranks, None if placement is None else read_placement(placement, num_ranks=ranks.size))
+    found = None if placement is None else read_placement(placement, num_ranks=ranks.size)
+    parallel = None if ranks.size == 1 else ExpertParallel(ranks, found)
     window = job.batch_size * WINDOW_BATCHES
     kept = read_journal(destination, content, window) if resume and is_first else []
     kept = follow_first(ranks, kept)
