@@ -352,12 +352,18 @@ def spread_experts(
         unplaced = [layer.name for layer in layers if layer.name not in placement.layers]
         if unplaced:
             raise PlacementError(f"does not place the layer {unplaced[0]!r} of this model")
-        maps = {layer.name: SlotMap(layer.num_experts, placement.layers[layer.name]) for layer in layers}
+        maps = {layer.name: _slot_map(placement, layer) for layer in layers}
     for name, slots in maps.items():
         for rank, experts in enumerate(slots.by_rank):
             if not experts:
                 raise PlacementError(f"rank {rank} holds no expert of {name!r}: fewer ranks, or another placement")
     return ExpertSpread(ranks, maps)
+
+
+def _slot_map(placement: Placement, layer: TraceLayer) -> SlotMap:
+    """Replicas that a strategy put on one rank are one there: a second copy would take memory for nothing."""
+    by_rank = tuple(tuple(dict.fromkeys(experts)) for experts in placement.layers[layer.name])
+    return SlotMap(layer.num_experts, by_rank)
 
 
 def _check_spreadable(options: MoEOptions) -> None:

@@ -17,7 +17,7 @@ from fairseq_moe_opt.parallel import ProcessGroupRanks, run_ranks
 from fairseq_moe_opt.placement import Cluster, LoadHistory, Placement, place
 from hf_integration import ExpertParallel, from_pretrained, generate_batches
 from hf_integration.translate import load_tokenizer, pad_rows, translate_lines
-from tests.helpers.ranks import start_ranks, values_of
+from tests.helpers.ranks import start_ranks, values_of, without_content
 
 pytestmark = pytest.mark.dist
 
@@ -174,13 +174,7 @@ def load_in_wrong_ways() -> list[Exception]:
             load(placement, **options)
         except MoEError as error:
             raised.append(error)
-    return [_bare(error) for error in raised]
-
-
-def _bare(error: Exception) -> Exception:
-    """Without what does not travel between processes."""
-    kind = {PlacementError: PlacementError, ParallelError: ParallelError}.get(type(error), MoEError)
-    return kind(str(error))
+    return [without_content(error) for error in raised]
 
 
 def test_what_does_not_fit_is_refused_by_all_ranks_alike() -> None:
