@@ -9,6 +9,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,12 +27,14 @@ def spread_of(name: str, width: int) -> float:
     return next(spread for part, spread in _SPREAD.items() if part in name) / math.sqrt(width)
 
 
-def fill(model: nn.Module, seed: int) -> None:
-    """Random weights from ``seed``, parameter by parameter in the order of their names."""
+def fill(model: nn.Module, seed: int, skew: float) -> None:
+    """Random weights from ``seed``, parameter by parameter in the order of their names; routers' biases of ``skew``."""
     stream = torch.Generator().manual_seed(seed)
     for name, parameter in sorted(model.named_parameters()):
         if parameter.dim() > 1:
             parameter.normal_(0.0, spread_of(name, parameter.shape[-1]), generator=stream)
+        elif name.endswith("classifier.bias"):
+            parameter.normal_(0.0, skew, generator=stream)
         elif name == "model.decoder.layer_norm.weight":
             # Random signs: with tied embeddings a positive gain makes every token predict itself.
             parameter.bernoulli_(0.5, generator=stream).mul_(2).sub_(1)
@@ -41,7 +44,7 @@ def fill(model: nn.Module, seed: int) -> None:
             parameter.normal_(0.0, 0.1, generator=stream)
 
 
-def build(shape: dict[str, int]) -> NllbMoeForConditionalGeneration:
+def build(shape: dict[str, Any]) -> NllbMoeForConditionalGeneration:
     """The model, its values still arbitrary; nothing is dropped at the default capacity fraction of 1."""
     config = NllbMoeConfig(
         vocab_size=shape["vocabulary"],
@@ -56,6 +59,7 @@ def build(shape: dict[str, int]) -> NllbMoeForConditionalGeneration:
         decoder_sparse_step=shape["sparse_step"],
         num_experts=shape["experts"],
         max_position_embeddings=shape["positions"],
+        router_bias=shape["skew"] > 0,
     )
     # Without Transformers' own initialisation, which takes longer than all else here.
     with torch.device("meta"):
@@ -69,9 +73,10 @@ def main() -> None:
     """Write the model that the command line describes."""
     shape, seed, folder = sys.argv[1:]
     disable_progress_bar()
-    model = build(json.loads(shape)).eval()
+    sizes = json.loads(shape)
+    model = build(sizes).eval()
     with torch.no_grad():
-        fill(model, int(seed))
+        fill(model, int(seed), sizes["skew"])
     model.save_pretrained(Path(folder))
 
 
