@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import enum
 import heapq
+import math
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -217,6 +218,8 @@ class ExpertPool:
     def _dispensable(self, layer: PooledLayer, count: int) -> list[ExpertKey]:
         """At most ``count`` residents that are needed later than ``layer`` comes, the latest first."""
         soon = self._history.until_forward(layer.name)
+        if math.isinf(soon):  # for the first or second time: nobody guesses for a layer that is far away
+            soon = 1.0
         later = [
             key
             for key, slot in self._groups[layer.name].resident.items()

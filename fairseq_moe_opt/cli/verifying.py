@@ -12,8 +12,6 @@ from fairseq_moe_opt.errors import InputError
 from fairseq_moe_opt.options import MoEOptions
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from hf_integration.verify import Batch, Comparison
 
 
@@ -53,7 +51,7 @@ def run_verification(request: Verification) -> Verified:
     batches, description = _batches(request, lines)
     with status(f"loading {request.checkpoint}"):
         model = from_pretrained(request.checkpoint, dtype=request.dtype, device=device, kernel=REFERENCE)
-    others: dict[str, Callable[[], PreTrainedModel]] = {}
+    others: dict[str, Callable[[], Any]] = {}
     if options.buffered:
         others[f"buffered, {options.expert_memory}"] = lambda: from_pretrained(
             request.checkpoint, dtype=request.dtype, device=device, **request.options

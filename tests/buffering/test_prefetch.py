@@ -75,6 +75,15 @@ def test_the_encoder_streams_the_next_layer() -> None:
     assert (report.precision, report.recall) == (5 / 6, 1.0)
 
 
+def test_streaming_makes_room_also_the_first_time() -> None:
+    stores = pool_over({name: random_experts(6) for name in PHASES}, 12, prefetch=PREVIOUS, phases=PHASES)
+    compute(stores["d1"], range(6), ROWS)  # of no use until the encoder is done
+    compute(stores["e0"], range(6), ROWS, routed=60)
+    settle(stores["e0"])
+    # A forward keeps its own experts until it has computed them: those of d1 went.
+    assert stores["e0"].pool.resident("e1") == (0, 1, 2, 3, 4, 5)
+
+
 def test_the_previous_step_predicts_the_next() -> None:
     stores = pool_over({name: random_experts(6) for name in ("d0", "d1")}, 6, prefetch=PREVIOUS)
     for needed in ([0, 1, 2], [1, 2, 5]):
