@@ -32,7 +32,7 @@ from fairseq_moe_opt.moe.trace import Trace, read_trace
 from fairseq_moe_opt.sizes import readable
 
 RESULTS = Path(__file__).resolve().parent / "results" / "buffering.json"
-SKEW = 1.5
+SKEW = 0.5
 BUDGETS = (100, 50, 25, 10)
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

@@ -257,7 +257,7 @@ def test_a_model_without_experts_is_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kernl": "loop"}, r"'kernl': no such option; there are gating, capacity, kernel, profile, report"),
+        ({"kernl": "loop"}, r"'kernl': no such option; there are gating, capacity, kernel, expert_memory, .*, report"),
         ({"kernel": "fast"}, r"'kernel': 'fast' is not one of auto, naive, loop, grouped_mm"),
         ({"gating": "none"}, r"'gating': 'none' is not one of dynamic, static"),
         ({"capacity": 0.5}, r"'capacity': 0.5 is not one of none, checkpoint"),
