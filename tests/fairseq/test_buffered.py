@@ -351,3 +351,79 @@ def test_the_command_lines(command: str, tmp_path: Path) -> None:
     assert report["buffer"]["policy"] == "lifo" and report["buffer"]["slots"] * 4 <= report["buffer"]["experts"]
     assert all(layer["cache"]["misses"] for layer in report["layers"])
     assert read_trace(tmp_path / "trace.json").visits
+
+
+def test_info_and_cache_speak_of_fairseq_checkpoints(tmp_path: Path) -> None:
+    """Also where CMR holds every expert under two names."""
+    from typer.testing import CliRunner
+
+    from fairseq_moe_opt.cli.commands import app
+
+    golden, path = arrays("D_cmr", LOSSLESS["D_cmr"]), tmp_path / "trace.json"
+    model, task = load_golden("D_cmr", LOSSLESS["D_cmr"], moe_expert_memory="25%", moe_trace=str(path))
+    for batch in ("b0", "b1"):
+        generate(model, task, golden, batch, 2)
+    model.moe._write(None, str(path), model)
+    checkpoint = str(FAIRSEQ_GOLDENS / "D_cmr" / "checkpoint_last.pt")
+    done = CliRunner().invoke(app, ["info", checkpoint, "--expert-memory", "25%", "--trace", str(path), "--json"])
+    assert done.exit_code == 0, done.output
+    plan, buffer = json.loads(done.stdout)["buffer"], model.moe.report().buffer
+    assert (plan["slots"], plan["experts"], plan["slot_bytes"]) == (buffer.slots, buffer.experts, buffer.slot_bytes)
+    assert 0 < plan["miss_rate"] < 1 and plan["bytes_per_token"] > 0
+    done = CliRunner().invoke(app, ["cache", checkpoint, "--trace", str(path), "--json"])
+    assert done.exit_code == 0, done.output
+    rates = json.loads(done.stdout)["rows"][4]["miss_rates"]
+    assert all(rates["belady"] <= rate for rate in rates.values())
+    other = str(FAIRSEQ_GOLDENS / "E_lm_moe_branch" / "checkpoint_last.pt")
+    done = CliRunner().invoke(app, ["info", other, "--expert-memory", "25%", "--trace", str(path)])
+    assert isinstance(done.exception, CheckpointError) or done.exit_code == 2
+    assert "another model" in f"{done.exception} {done.output}"
+
+
+MEMORY = """
+import json, resource, sys
+import torch
+torch.set_num_threads(1)
+import fairseq_moe_opt
+fairseq_moe_opt.register_fairseq()
+from tests.helpers.fairseq_runs import forced, load
+golden = {
+    "b.src_tokens": torch.randint(4, 128, (4, 16)),
+    "b.src_lengths": torch.tensor([16] * 4),
+    "b.prev_output_tokens": torch.randint(4, 128, (4, 12)),
+}
+torch.mm(torch.ones(64, 64), torch.ones(64, 64))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+model, _ = load(sys.argv[1], sys.argv[2], moe_expert_memory="25%")
+for _ in range(3):
+    forced(model, golden, "b")
+grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+report = model.moe.report()
+dense = sum(p.numel() * 4 for p in model.parameters() if not p.is_meta)
+print(json.dumps([grown, report.expert_bytes, report.buffer.arena_bytes, report.buffer.workspace_bytes, dense]))
+"""
+
+
+@pytest.mark.slow
+def test_memory_is_bounded_from_the_first_byte(tmp_path: Path) -> None:
+    """Experts of 260 MiB with a quarter of the memory: the process grows by that, the rest of the model and slack."""
+    state = torch.load(SINGLE, weights_only=False)
+    width = 32768
+    for side in ("encoder", "decoder"):
+        state["cfg"]["model"].__dict__[f"{side}_ffn_embed_dim"] = width
+    generator = torch.Generator().manual_seed(1)
+    sizes = {"fc1.weight": (width, 64), "fc1.bias": (width,), "fc2.weight": (64, width)}
+    for name, tensor in list(state["model"].items()):
+        shape = next((size for end, size in sizes.items() if name.endswith(end)), None)
+        if shape is not None:
+            state["model"][name] = torch.randn(shape, generator=generator) * tensor.std() / 8
+    torch.save(state, tmp_path / "x.pt")
+    del state
+    environment = {**os.environ, "PYTHONPATH": str(PLUGIN.parent), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", MEMORY, str(tmp_path / "x.pt"), str(DATA)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    grown, experts, arena, workspace, dense = json.loads(done.stdout.splitlines()[-1])
+    assert experts > 250 * 2**20 and arena <= experts / 4 and workspace == 0
+    assert arena <= grown <= arena + workspace + dense + 64 * 2**20
+    assert grown < experts / 2 + dense
