@@ -368,7 +368,8 @@ def test_info_and_cache_speak_of_fairseq_checkpoints(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["info", checkpoint, "--expert-memory", "25%", "--trace", str(path), "--json"])
     assert done.exit_code == 0, done.output
     plan, buffer = json.loads(done.stdout)["buffer"], model.moe.report().buffer
-    assert (plan["slots"], plan["experts"], plan["slot_bytes"]) == (buffer.slots, buffer.experts, buffer.slot_bytes)
+    assert (plan["slots"], plan["experts"]) == (buffer.slots, buffer.experts)
+    assert 2 * plan["slot_bytes"] == buffer.slot_bytes  # it is stored in half precision, and was loaded in single
     assert 0 < plan["miss_rate"] < 1 and plan["bytes_per_token"] > 0
     done = CliRunner().invoke(app, ["cache", checkpoint, "--trace", str(path), "--json"])
     assert done.exit_code == 0, done.output
@@ -381,23 +382,29 @@ def test_info_and_cache_speak_of_fairseq_checkpoints(tmp_path: Path) -> None:
 
 
 MEMORY = """
-import json, resource, sys
+import json, sys
+from pathlib import Path
 import torch
 torch.set_num_threads(1)
 import fairseq_moe_opt
 fairseq_moe_opt.register_fairseq()
 from tests.helpers.fairseq_runs import forced, load
+
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
 golden = {
     "b.src_tokens": torch.randint(4, 128, (4, 16)),
     "b.src_lengths": torch.tensor([16] * 4),
     "b.prev_output_tokens": torch.randint(4, 128, (4, 12)),
 }
 torch.mm(torch.ones(64, 64), torch.ones(64, 64))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
 model, _ = load(sys.argv[1], sys.argv[2], moe_expert_memory="25%")
 for _ in range(3):
     forced(model, golden, "b")
-grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+grown = peak() - before
 report = model.moe.report()
 dense = sum(p.numel() * 4 for p in model.parameters() if not p.is_meta)
 print(json.dumps([grown, report.expert_bytes, report.buffer.arena_bytes, report.buffer.workspace_bytes, dense]))
@@ -405,10 +412,11 @@ print(json.dumps([grown, report.expert_bytes, report.buffer.arena_bytes, report.
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_memory_is_bounded_from_the_first_byte(tmp_path: Path) -> None:
     """Experts of 260 MiB with a quarter of the memory: the process grows by that, the rest of the model and slack."""
     state = torch.load(SINGLE, weights_only=False)
-    width = 32768
+    width = 16384
     for side in ("encoder", "decoder"):
         state["cfg"]["model"].__dict__[f"{side}_ffn_embed_dim"] = width
     generator = torch.Generator().manual_seed(1)
