@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _nllb54b_weights import forget
+from _page_cache import forget_folder
 from _routing_facts import routing_facts
 from _worker import FORCED_TOKEN, peak_bytes, source, timed
 
@@ -82,12 +82,11 @@ class Run:
 
     def __init__(self, spec: dict[str, Any], trace: Path) -> None:
         torch.set_num_threads(spec["threads"])
-        for path in Path(spec["folder"]).glob("*.safetensors"):
-            forget(path)
+        forget_folder(Path(spec["folder"]))
         self._new_tokens: int = spec["new_tokens"]
         self.load_seconds, self._model = timed(
             lambda: hf_integration.from_pretrained(
-                spec["folder"], dtype=torch.bfloat16, expert_memory=spec["budget"], trace=str(trace)
+                spec["folder"], dtype=torch.bfloat16, trace=str(trace), **spec["options"]
             )
         )
         self.load_peak_bytes = peak_bytes()

@@ -11,20 +11,19 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from _page_cache import forget
 from _random_weights import spread_of
 from _sides import Shape
 from _weights import configuration
 from transformers import NllbMoeForConditionalGeneration
 
 from fairseq_moe_opt.checkpoints.expert_dtypes import NOTE, SCALE_SUFFIX
-from fairseq_moe_opt.checkpoints.ranges import drop_pages
 from fairseq_moe_opt.checkpoints.writers import plan_shards, shard_names, write_file, write_index, write_json
 from fairseq_moe_opt.moe.quantization import MAX_CODE
 from fairseq_moe_opt.sizes import readable
@@ -244,13 +243,3 @@ def _write_shard(path: Path, shard: Sequence[AnyTensor]) -> None:
     write_file(partial, shard, {"format": "pt", NOTE: "int8"})
     forget(partial)
     partial.replace(path)
-
-
-def forget(path: Path) -> None:
-    """Have the system drop its copy of a file, once it is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-        drop_pages(descriptor, 0, os.fstat(descriptor).st_size)
-    finally:
-        os.close(descriptor)

@@ -7,7 +7,7 @@ from itertools import pairwise
 from fairseq_moe_opt.moe.trace import Trace
 
 
-def routing_facts(trace: Trace, phase: str) -> dict[str, float]:
+def routing_facts(trace: Trace, phase: str = "decoder") -> dict[str, float]:
     """Shares, over the layers of ``phase``.
 
     ``hottest_quarter`` of uses go to each layer's most used quarter of experts, and ``used_again`` is how much of a

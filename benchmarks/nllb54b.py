@@ -52,13 +52,21 @@ class Plan:
     shape: Shape
     case: Case
     budget: str
+    prefetch: str
     rounds: int
     threads: int
     seed: int
 
     def spec(self, folder: Path) -> dict[str, Any]:
         """For the process that runs it."""
-        return {**asdict(self.case), **asdict(self), "folder": str(folder)}
+        options = {"expert_memory": self.budget, "prefetch": self.prefetch}
+        return {
+            **asdict(self.case),
+            "rounds": self.rounds,
+            "threads": self.threads,
+            "folder": str(folder),
+            "options": options,
+        }
 
 
 def require_memory(checkpoint: Checkpoint, budget: str) -> None:
@@ -170,6 +178,7 @@ def main(
         Path | None, typer.Option(help="of the checkpoint, kept and resumed [default: a temporary one, removed]")
     ] = None,
     budget: Annotated[str, typer.Option(help="memory for experts, as 12GiB or 25%")] = "25%",
+    prefetch: Annotated[str, typer.Option(help="auto, off, previous or router; see the option of that name")] = "auto",
     batch: Annotated[int, typer.Option(min=1, help="sentences at once")] = 8,
     source_tokens: Annotated[int, typer.Option(min=1, help="tokens of each source sentence")] = 24,
     new_tokens: Annotated[int, typer.Option(min=2, help="tokens generated for each sentence")] = 24,
@@ -189,6 +198,7 @@ def main(
         shape=replace(QUICK, layers=4) if quick else replace(NLLB_54B, experts=experts),
         case=Case(batch, source_tokens, new_tokens),
         budget=budget,
+        prefetch=prefetch,
         rounds=rounds,
         threads=threads or usable_cores(),
         seed=seed,

@@ -86,7 +86,7 @@ def test_the_tokens_are_those_of_the_resident_model(modules: Modules, content: d
     shape = replace(modules.sides.QUICK, layers=4)
     checkpoint = modules.weights.Checkpoint.of(shape, content["arguments"]["seed"])
     modules.weights.write_checkpoint(tmp_path / "model", checkpoint, silent)
-    spec = {"folder": str(tmp_path / "model"), "budget": "all", "new_tokens": 4, "batch": 2, "source_tokens": 24}
+    spec = {"folder": str(tmp_path / "model"), "options": {}, "new_tokens": 4, "batch": 2, "source_tokens": 24}
     with torch.inference_mode():
         _, tokens = modules.run.Run({**spec, "threads": torch.get_num_threads()}, tmp_path / "trace.json").round(1)
     assert tokens.tolist() == content["run"]["tokens"]
