@@ -5,10 +5,11 @@
 1. translates the sentences of ``demo.tsv.gz`` and shows a few, beside what Transformers alone makes of them;
 2. scores each language with chrF and BLEU (sacrebleu's defaults);
 3. compares static with dynamic gating: first their tokens, which have to be equal, then their speed, taking turns;
-4. prints the report that the runtime keeps, and writes it with all translations into ``--output``;
-5. converts the checkpoint for fairseq and does the same comparison with ``fairseq-generate`` (see fairseq_half.py).
+4. translates a language again with memory for a quarter of the experts: the same sentences, and what the cache did;
+5. prints the report that the runtime keeps, and writes it with all translations into ``--output``;
+6. converts the checkpoint for fairseq and compares static and dynamic gating of ``fairseq-generate`` (fairseq_half.py).
 
-Exits with 1 when static and dynamic gating disagree, in Transformers or in fairseq.
+Exits with 1 when static and dynamic gating disagree, in Transformers or in fairseq, or buffered and resident experts.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in this folder
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import buffered_run
 import fairseq_half
 import sacrebleu
 import torch
@@ -89,6 +91,7 @@ def main() -> int:
     show_examples(console, pairs, hypotheses, stock)
     show_scores(console, pairs, hypotheses)
     agree = compare_gatings(console, arguments, tokenizer, pairs)
+    agree &= compare_buffered(console, arguments, tokenizer, pairs[TARGETS[-1]], hypotheses[TARGETS[-1]])
     show_report(console, report, f"the last language, {TARGETS[-1]}")
     save(console, arguments.output, hypotheses, report)
     return 0 if run_fairseq_half(console, arguments, tokenizer, pairs) and agree else 1
@@ -252,6 +255,17 @@ def compare_gatings(
     if agree:
         console.print("static and dynamic gating gave the same tokens\n")
     return agree
+
+
+def compare_buffered(
+    console: Console, arguments: argparse.Namespace, tokenizer: Any, pairs: list[Pair], expected: list[str]
+) -> bool:
+    """The last language once more with a quarter of the experts in memory: whether it reads the same."""
+    sentences = [pair.english for pair in pairs]
+    work = buffered_run.Translation(
+        arguments.model, sentences, SOURCE, TARGETS[-1], arguments.num_beams, arguments.batch_size, expected
+    )
+    return buffered_run.compare(console, work, tokenizer)
 
 
 def timed_work(tokenizer: Any, sentences: Sequence[str]) -> Work:

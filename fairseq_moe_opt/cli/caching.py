@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fairseq_moe_opt.buffering import BELADY, GLOBAL, POLICIES, POOLS, simulate
+from fairseq_moe_opt.cli.buffer_info import require_same_layers
 from fairseq_moe_opt.cli.info import inspect_checkpoint
 from fairseq_moe_opt.errors import CheckpointError, MoEError, OptionError
 from fairseq_moe_opt.moe.trace import Trace, read_trace
@@ -54,9 +55,7 @@ def sweep(path: Path, trace_path: Path, pool: str, phase: str) -> Sweep:
             raise OptionError(option, f"{value!r} is not one of {', '.join(known)}")
     trace = read_trace(trace_path)
     info = inspect_checkpoint(path)
-    known_sizes = sorted((layer.phase, layer.num_experts) for layer in info.layers)
-    if sorted((layer.phase, layer.num_experts) for layer in trace.layers) != known_sizes:
-        raise CheckpointError(trace_path, f"was recorded from another model than {path}: their layers differ")
+    require_same_layers(trace, trace_path, info)
     counted = trace.visits if phase == "all" else trace.phase(phase)
     if not counted:
         raise CheckpointError(trace_path, f"has no forwards of phase {phase!r}")

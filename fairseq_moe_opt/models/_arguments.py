@@ -108,6 +108,10 @@ RuntimeArguments = make_dataclass(
 """The same as a fairseq dataclass, None where the user said nothing."""
 
 
+_REFERENCE = "${"
+"""What omegaconf's references begin with; a dataclass of its own holds them as text."""
+
+
 def read_arguments(cfg: Any) -> MoEArguments:
     """The arguments in any configuration object; what is missing or None has the branches' default."""
     values = {}
@@ -127,6 +131,8 @@ def _batch_size(cfg: Any, name: str) -> int:
     try:
         value = getattr(cfg, name, None) or 0
     except InterpolationKeyError:
+        value = _REFERENCE
+    if str(value).startswith(_REFERENCE):
         # A model's configuration by itself, without the section of the data that this one refers to.
         return 0
     try:
@@ -145,10 +151,17 @@ def read_options(cfg: Any) -> MoEOptions:
 def options_from(values: Mapping[str, Any]) -> MoEOptions:
     """Options by their names, an error naming them as users of fairseq know them."""
     try:
-        return MoEOptions.from_kwargs(**values)
+        options = MoEOptions.from_kwargs(**values)
     except OptionError as error:
         message = str(error).split(": ", 1)[1]
         raise OptionError(f"moe_{error.option}", message) from None
+    if options.expert_dtype != "checkpoint" and not options.buffered:
+        raise OptionError(
+            "moe_expert_dtype",
+            f"{options.expert_dtype!r} is what experts become on their way into a buffer: give moe_expert_memory too, "
+            "100% for all of them",
+        )
+    return options
 
 
 def expand_preset(arguments: Mapping[str, Any]) -> dict[str, Any]:
