@@ -27,7 +27,7 @@ from fairseq_moe_opt.cli.flags import taking
 from fairseq_moe_opt.cli.journal import journaled_output, read_journal
 from fairseq_moe_opt.cli.text_files import STANDARD, check_destination, open_lines
 from fairseq_moe_opt.cli.translating import Output, Part, Translation, translate_file
-from fairseq_moe_opt.errors import InputError, MoEError, ParallelError
+from fairseq_moe_opt.errors import InputError, ParallelError
 from fairseq_moe_opt.parallel import ProcessGroupRanks, agree, follow_first
 from fairseq_moe_opt.placement import read_placement
 from hf_integration.expert_parallel import ExpertParallel
@@ -135,7 +135,7 @@ def _one_message() -> Iterator[None]:
     """Of ranks that fail, let the first one say why; the others stop without a word."""
     try:
         yield
-    except MoEError:
+    except Exception:
         if not _fails_first():
             raise typer.Exit(commands.BAD_INPUT) from None
         raise

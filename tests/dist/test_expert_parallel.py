@@ -93,6 +93,12 @@ def batches_of(rank: int) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": ids, "attention_mask": mask} for ids, mask in padded]
 
 
+def settings(num_beams: int) -> dict[str, Any]:
+    """Into French, and long enough for short sentences to end before the others of their batch."""
+    forced = load_tokenizer(MODEL).convert_tokens_to_ids("fra_Latn")
+    return {"num_beams": num_beams, "max_length": 24, "forced_bos_token_id": forced}
+
+
 def routed_rows(model: Any) -> dict[str, int]:
     return {layer.name: layer.routed_rows for layer in model.moe.report().layers}
 
@@ -100,7 +106,7 @@ def routed_rows(model: Any) -> dict[str, int]:
 def generate_unequal_shares(num_beams: int) -> tuple[list[list[int]], dict[str, int]]:
     ranks = ProcessGroupRanks()
     model = load()
-    outputs = generate_batches(model, batches_of(ranks.rank), num_beams=num_beams, max_new_tokens=12)
+    outputs = generate_batches(model, batches_of(ranks.rank), **settings(num_beams))
     return [output.tolist() for output in outputs], routed_rows(model)
 
 
@@ -110,7 +116,7 @@ def test_ranks_with_more_and_fewer_batches_and_none(num_beams: int) -> None:
     model = load(parallel=False)
     for rank, (tokens, rows) in enumerate(results):
         model.moe.reset()
-        expected = generate_batches(model, batches_of(rank), num_beams=num_beams, max_new_tokens=12)
+        expected = generate_batches(model, batches_of(rank), **settings(num_beams))
         assert tokens == [output.tolist() for output in expected]
         # Dummy batches and finished sentences cost nothing; one process routes the latter as well.
         own = routed_rows(model)
@@ -124,7 +130,7 @@ def test_ranks_with_more_and_fewer_batches_and_none(num_beams: int) -> None:
 
 def _routed_alone(model: Any, rank: int) -> int:
     model.moe.reset()
-    generate_batches(model, batches_of(rank), num_beams=1, max_new_tokens=12)
+    generate_batches(model, batches_of(rank), **settings(1))
     return routed_rows(model)[LAYERS[3]]
 
 

@@ -53,8 +53,8 @@ def start_ranks(
     seconds after the first one that ended, are killed.
     """
     context = multiprocessing.get_context("forkserver")
-    # Loading torch once, not once a process, is most of the speed of these tests.
-    context.set_forkserver_preload(["torch", "torch.distributed", "fairseq_moe_opt.moe", "fairseq_moe_opt.parallel"])
+    # Loading torch and Transformers once, not once a process, is most of the speed of these tests.
+    context.set_forkserver_preload(["torch.distributed", "fairseq_moe_opt.parallel", "hf_integration.translate"])
     with tempfile.TemporaryDirectory(prefix="ranks-") as name:
         folder = Path(name)
         processes = [
