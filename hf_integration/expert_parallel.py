@@ -85,8 +85,9 @@ def _short(text: str) -> str:
 
 
 def _with_choices(compared: Compared, ranks: Collectives, device: torch.device) -> MoEOptions:
+    """What ``auto`` stands for here, the same on every rank."""
     options = compared.options
-    if options.buffered:  # kernels that auto may choose do not compute from a buffer, but one; nor do routers predict
+    if options.buffered:  # its kernel is always the same; a router does not know what other ranks will send
         return replace(options, prefetch="previous") if options.prefetch == "auto" else options
     kernel = choose_kernel(options.kernel, device, compared.dtype[1]).name
     return replace(options, kernel=follow_first(ranks, kernel))

@@ -59,8 +59,8 @@ def load(placement: Placement | None = None, parallel: bool = True, **options: A
 
 
 @cache
-def alone() -> list[str]:
-    return translated(None, parallel=False)
+def alone(expert_dtype: str = "checkpoint") -> list[str]:
+    return translated(None, parallel=False, expert_dtype=expert_dtype)
 
 
 def translate_with(cases: dict[str, tuple[Placement | None, dict[str, Any]]]) -> dict[str, list[str]]:
@@ -69,19 +69,22 @@ def translate_with(cases: dict[str, tuple[Placement | None, dict[str, Any]]]) ->
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3])
-def test_tokens_are_those_of_one_process_for_every_placement(num_ranks: int) -> None:
+def test_tokens_are_those_of_one_process_for_every_placement(num_ranks: int, tmp_path: Path) -> None:
     even = Cluster.even(num_ranks, NUM_EXPERTS).slots
     uneven = (NUM_EXPERTS - 2 * num_ranks + 2, *[2] * (num_ranks - 1))
     spare = (even[0] + 1, *even[1:])
     cases: dict[str, tuple[Placement | None, dict[str, Any]]] = {
-        "contiguous": (None, {}),
+        "contiguous": (None, {"report": str(tmp_path / "report.json"), "trace": str(tmp_path / "trace.json")}),
         "greedy, uneven": (placed("greedy", uneven), {}),
         "balanced, one replica": (placed("balanced", spare), {}),
         "balanced, buffered": (placed("balanced", even), {"expert_memory": "40%"}),
+        "greedy, int8": (placed("greedy", even), {"expert_dtype": "int8"}),
     }
     for results in values_of(start_ranks(num_ranks, translate_with, cases, **PATIENCE)):
-        for name in cases:
-            assert results[name] == alone(), name
+        for name, (_, options) in cases.items():
+            assert results[name] == alone(options.get("expert_dtype", "checkpoint")), name
+    files = [f"{kind}.rank-{rank}.json" for kind in ("report", "trace") for rank in range(num_ranks)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == files
 
 
 def batches_of(rank: int) -> list[dict[str, torch.Tensor]]:
