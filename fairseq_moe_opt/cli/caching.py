@@ -13,7 +13,9 @@ from rich.table import Table
 
 from fairseq_moe_opt.buffering import BELADY, GLOBAL, POLICIES, POOLS, simulate
 from fairseq_moe_opt.cli.info import inspect_checkpoint
-from fairseq_moe_opt.errors import CheckpointError, MoEError, OptionError
+from fairseq_moe_opt.cli.plots import new_figure
+from fairseq_moe_opt.cli.tracing import check_recorded_from
+from fairseq_moe_opt.errors import CheckpointError, OptionError
 from fairseq_moe_opt.moe.trace import Trace, read_trace
 from fairseq_moe_opt.sizes import readable
 
@@ -54,9 +56,7 @@ def sweep(path: Path, trace_path: Path, pool: str, phase: str) -> Sweep:
             raise OptionError(option, f"{value!r} is not one of {', '.join(known)}")
     trace = read_trace(trace_path)
     info = inspect_checkpoint(path)
-    known_sizes = sorted((layer.phase, layer.num_experts) for layer in info.layers)
-    if sorted((layer.phase, layer.num_experts) for layer in trace.layers) != known_sizes:
-        raise CheckpointError(trace_path, f"was recorded from another model than {path}: their layers differ")
+    check_recorded_from(trace, info, trace_path)
     counted = trace.visits if phase == "all" else trace.phase(phase)
     if not counted:
         raise CheckpointError(trace_path, f"has no forwards of phase {phase!r}")
@@ -106,11 +106,7 @@ def sweep_as_json(found: Sweep) -> str:
 
 def draw(found: Sweep, path: Path) -> None:
     """Draw miss rate against size as a PNG; MoEError where matplotlib is not installed."""
-    try:
-        from matplotlib.figure import Figure  # only a plot needs it
-    except ImportError as error:
-        raise MoEError("--plot needs matplotlib: pip install 'fairseq-moe-opt[plots]'") from error
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = new_figure(7, 4.5)
     axes = figure.subplots()
     sizes = [row.percent for row in found.rows]
     for policy in (*POLICIES, BELADY):
