@@ -69,13 +69,24 @@ def test_one_rank_is_the_plain_simulation() -> None:
     assert (rank.hits, rank.misses) == (sum(one.hits for one in plain), sum(one.misses for one in plain))
 
 
-@pytest.mark.parametrize("slots", [2, 3, 4])
+def neighbours_awake_together(seed: int) -> LoadHistory:
+    """16 experts in four topics of neighbouring ids; one topic is awake at a time, mostly for several steps."""
+    generator = np.random.default_rng(seed)
+    topics = [0]
+    for _ in range(79):
+        topics.append(topics[-1] if generator.random() < 0.7 else int(generator.integers(4)))
+    counts = np.zeros((80, 16), dtype=np.int64)
+    for step, topic in enumerate(topics):
+        counts[step, 4 * topic : 4 * topic + 4] = generator.integers(1, 9, 4)
+    return LoadHistory({"a": counts})
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3])
 @pytest.mark.parametrize("strategy", ["anti-correlation", "balanced"])
 def test_keeping_correlated_experts_apart_spares_the_worst_rank(strategy: str, slots: int) -> None:
-    history = synthetic_history("decoder", 64, 120, 1, 5)
-    first, second = history.halves()
+    first, second = neighbours_awake_together(5).halves()
     worst = [
-        simulate_ranks(visits_of(second), place(first, Cluster.even(8, 64), name), slots, "lifo").worst
+        simulate_ranks(visits_of(second), place(first, Cluster.even(4, 16), name), slots, "lifo").worst
         for name in (strategy, "contiguous")
     ]
     assert worst[0] < worst[1]
