@@ -21,8 +21,14 @@ def render(found: Comparison, job: PlaceJob, console: Console) -> None:
     """Print a table of loads a phase, one of misses where caches were asked for, and what was left out."""
     for phase in found.loads:
         scores = [score for score in found.scores if score.phase == phase]
+        spare = f" and {job.spare_slots} spare slots" if job.spare_slots else ""
+        # Not a table's title, which would be wrapped to the table's width.
+        console.print(f"{phase}: {job.ranks} ranks{spare}", highlight=False)
         console.print(_loads_table(scores, found, job))
         if job.slots is not None:
+            console.print(
+                f"{phase}: misses of the worst rank / of all, {job.slots} experts a layer in each rank's cache"
+            )
             console.print(_misses_table(scores, job))
     for name, reason in found.skipped.items():
         console.print(f"{name} is left out: {reason}", highlight=False)
@@ -34,9 +40,8 @@ def render(found: Comparison, job: PlaceJob, console: Console) -> None:
 
 
 def _loads_table(scores: Sequence[Score], found: Comparison, job: PlaceJob) -> Table:
-    spare = f" and {job.spare_slots} spare slots" if job.spare_slots else ""
     unit = "rows" if found.row_bytes is None else "bytes"
-    table = Table(box=box.SIMPLE, title=f"{scores[0].phase}: {job.ranks} ranks{spare}", title_justify="left")
+    table = Table(box=box.SIMPLE)
     table.add_column("strategy")
     names = ["Max Load", "Avg Max Load", "objective", f"busiest rank, {unit}"]
     for name in [*names, f"busiest node, {unit}"] if job.nodes > 1 else names:
@@ -50,9 +55,8 @@ def _loads_table(scores: Sequence[Score], found: Comparison, job: PlaceJob) -> T
 
 
 def _misses_table(scores: Sequence[Score], job: PlaceJob) -> Table:
-    title = f"{scores[0].phase}: misses of the worst rank / of all, {job.slots} experts a layer in each rank's cache"
-    table = Table(box=box.SIMPLE, title=title, title_justify="left")
-    table.add_column("strategy")
+    table = Table(box=box.SIMPLE)
+    table.add_column("strategy", no_wrap=True)
     for policy in scores[0].misses:
         table.add_column(policy, justify="right", no_wrap=True)
     for score in scores:

@@ -20,8 +20,6 @@ from fairseq_moe_opt.cli.text_files import (
 from fairseq_moe_opt.options import MoEOptions
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from hf_integration.translate import Truncation
 
 
@@ -72,7 +70,7 @@ def translate_file(job: Translation, say: Callable[[str], None]) -> None:
         say(f"{report.seconds:.2f} s, of which in Mixture-of-Experts layers: {steps}")
 
 
-def load_model(job: Translation) -> tuple[PreTrainedModel, Any]:
+def load_model(job: Translation) -> tuple[Any, Any]:
     """The model and the tokenizer of ``job``; what is wrong with its device or languages is found first."""
     import torch
 
