@@ -27,7 +27,8 @@ REFERENCE := .reference/transformers-4.57.1
 REFERENCE_PINS := transformers==4.57.1 huggingface-hub==0.36.2 tokenizers==0.22.2 \
 	requests==2.34.2 urllib3==2.8.0 charset-normalizer==3.5.2 idna==3.20 certifi
 
-.PHONY: help demo test test-gpu lint style bench bench-transformers bench-fairseq bench-exchange setup reference clean distclean FORCE
+.PHONY: help demo test test-gpu lint style bench bench-transformers bench-fairseq bench-exchange bench-buffering
+.PHONY: setup reference clean distclean FORCE
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1@\2/p' $(MAKEFILE_LIST) | column -t -s @ 2>/dev/null \
@@ -51,7 +52,7 @@ style: $(STAMPS)/dependencies ## let ruff format and mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: bench-transformers bench-fairseq bench-exchange ## run all benchmarks
+bench: bench-transformers bench-fairseq bench-exchange bench-buffering ## run all benchmarks
 
 bench-transformers: $(STAMPS)/project $(REFERENCE) ## generation against Transformers 4.57.1 and 5.x (BENCH_ARGS=...)
 	$(BIN)/python benchmarks/generate.py --reference $(REFERENCE) $(BENCH_ARGS)
@@ -61,6 +62,9 @@ bench-fairseq: $(STAMPS)/project $(STAMPS)/fairseq ## fairseq with static and dy
 
 bench-exchange: $(STAMPS)/project ## what ranks send each other, and for how long (EXCHANGE_BENCH_ARGS=...)
 	$(BIN)/python benchmarks/exchange.py $(EXCHANGE_BENCH_ARGS)
+
+bench-buffering: $(STAMPS)/project $(REFERENCE) ## buffered experts against resident ones (BUFFERING_BENCH_ARGS=...)
+	$(BIN)/python benchmarks/buffering.py --reference $(REFERENCE) $(BUFFERING_BENCH_ARGS)
 
 setup: $(STAMPS)/project $(STAMPS)/fairseq ## set up .venv and run nothing
 

@@ -28,12 +28,14 @@ def spread_of(name: str, width: int) -> float:
     return next(spread for part, spread in _SPREAD.items() if part in name) / math.sqrt(width)
 
 
-def fill(model: nn.Module, seed: int) -> None:
-    """Random weights from ``seed``, parameter by parameter in the order of their names."""
+def fill(model: nn.Module, seed: int, skew: float = 0.0) -> None:
+    """Random weights from ``seed``, parameter by parameter in the order of their names; routers' biases of ``skew``."""
     stream = torch.Generator().manual_seed(seed)
     for name, parameter in sorted(model.named_parameters()):
         if parameter.dim() > 1:
             parameter.normal_(0.0, spread_of(name, parameter.shape[-1]), generator=stream)
+        elif name.endswith("classifier.bias"):
+            parameter.normal_(0.0, skew, generator=stream)
         elif name.endswith("decoder.layer_norm.weight"):
             # Random signs: with tied embeddings a positive gain makes every token predict itself.
             parameter.bernoulli_(0.5, generator=stream).mul_(2).sub_(1)

@@ -13,7 +13,10 @@ STATIC = "static gating"
 
 @dataclass(frozen=True)
 class Shape:
-    """A random NLLB-MoE: widths, layers a side, experts a sparse layer, one sparse layer in ``sparse_step``."""
+    """A random NLLB-MoE: widths, layers a side, experts a sparse layer, one sparse layer in ``sparse_step``.
+
+    ``skew`` is the standard deviation of the routers' biases, which make some experts popular and others not.
+    """
 
     d_model: int = 512
     ffn_dim: int = 2048
@@ -23,8 +26,9 @@ class Shape:
     sparse_step: int = 4
     vocabulary: int = 4096
     positions: int = 512
+    skew: float = 0.0
 
-    def to_dict(self) -> dict[str, int]:
+    def to_dict(self) -> dict[str, float]:
         """All of it by name."""
         return asdict(self)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from _random_weights import fill
@@ -15,7 +16,7 @@ from transformers import NllbMoeConfig, NllbMoeForConditionalGeneration
 from transformers.utils.logging import disable_progress_bar
 
 
-def build(shape: dict[str, int]) -> NllbMoeForConditionalGeneration:
+def build(shape: dict[str, Any]) -> NllbMoeForConditionalGeneration:
     """The model, its values still arbitrary; nothing is dropped at the default capacity fraction of 1."""
     config = NllbMoeConfig(
         vocab_size=shape["vocabulary"],
@@ -30,6 +31,7 @@ def build(shape: dict[str, int]) -> NllbMoeForConditionalGeneration:
         decoder_sparse_step=shape["sparse_step"],
         num_experts=shape["experts"],
         max_position_embeddings=shape["positions"],
+        router_bias=shape["skew"] > 0,
     )
     # Without Transformers' own initialisation, which takes longer than all else here.
     with torch.device("meta"):
@@ -43,9 +45,10 @@ def main() -> None:
     """Write the model that the command line describes."""
     shape, seed, folder = sys.argv[1:]
     disable_progress_bar()
-    model = build(json.loads(shape)).eval()
+    sizes = json.loads(shape)
+    model = build(sizes).eval()
     with torch.no_grad():
-        fill(model, int(seed))
+        fill(model, int(seed), sizes["skew"])
     model.save_pretrained(Path(folder))
 
 

@@ -21,6 +21,9 @@ Request = dict[str, Any]
 PAD, FIRST_TOKEN, FORCED_TOKEN = 1, 8, 5
 """Padding, the first id that is an ordinary token, and the token that every target starts with."""
 
+OFFLOADED = {"offload": "accelerate"}
+"""In place of this project's options: accelerate's disk offload of the experts."""
+
 _PAGE_BYTES = 4096
 _MEMORY_RESET = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
@@ -50,6 +53,14 @@ class Runner:
         decoder_seconds, _ = timed(lambda: self._decode(encoded))
         return {"encoder": encoder_seconds, "decoder": decoder_seconds, "peak_bytes": peak_bytes()}
 
+    def report(self, request: Request) -> dict[str, Any]:
+        """What the experts' buffer did in the last generate call; empty where all experts stay in memory."""
+        handle = getattr(self._model, "moe", None)
+        if handle is None or handle.report().buffer is None:
+            return {}
+        found = handle.report().to_dict()
+        return {"buffer": found["buffer"], "caches": [layer["cache"] for layer in found["layers"]]}
+
     def _encode(self) -> Any:
         return self._model.get_encoder()(**self._inputs)
 
@@ -69,6 +80,8 @@ class Runner:
 
 def load(folder: str, dtype: torch.dtype, options: dict[str, str] | None) -> Any:
     """The model as a user of that side loads it."""
+    if options == OFFLOADED:
+        return offloaded(folder, dtype)
     if options is not None:
         import hf_integration  # the other sides must not even import it
 
@@ -78,12 +91,26 @@ def load(folder: str, dtype: torch.dtype, options: dict[str, str] | None) -> Any
     return NllbMoeForConditionalGeneration.from_pretrained(folder, dtype=dtype).eval()
 
 
+def offloaded(folder: str, dtype: torch.dtype) -> Any:
+    """As Transformers loads it, with accelerate's own hooks reading each expert from disk whenever it is called."""
+    import accelerate
+    from transformers import NllbMoeForConditionalGeneration
+
+    model = NllbMoeForConditionalGeneration.from_pretrained(folder, dtype=dtype).eval()
+    for name, module in model.named_modules():
+        if name.endswith(".ffn.experts"):
+            accelerate.disk_offload(module, f"{folder}/offloaded/{name}", execution_device=torch.device("cpu"))
+    return model
+
+
 def touch(model: torch.nn.Module) -> None:
     """Read something of every page of the weights.
 
     A side that maps the file would otherwise count only the experts it happened to use, one that reads it all of them.
     """
     for parameter in model.parameters():
+        if parameter.device.type == "meta":  # not in memory, and not to be
+            continue
         parameter.detach().view(-1)[:: _PAGE_BYTES // parameter.element_size()].sum()
 
 
@@ -109,12 +136,19 @@ def reset_peak() -> None:
 
 def peak_bytes() -> int:
     """Largest resident size since the last reset."""
-    if _STATUS.exists():
-        for line in _STATUS.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+    if (peak := memory_line("VmHWM")) is not None:
+        return peak
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return usage if sys.platform == "darwin" else usage * 1024
+
+
+def memory_line(name: str) -> int | None:
+    """Bytes that the system states for this process under ``name``; None where it does not."""
+    if _STATUS.exists():
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) * 1024
+    return None
 
 
 def answering(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -136,7 +170,11 @@ def serve(spec: dict[str, Any], answers: TextIO) -> None:
         runner = Runner(spec)
         import transformers  # loaded by now; which release it is depends on the side
 
-        return {"transformers": transformers.__version__, "load_peak_bytes": peak_bytes()}
+        return {
+            "transformers": transformers.__version__,
+            "load_peak_bytes": peak_bytes(),
+            "loaded_bytes": memory_line("VmRSS"),
+        }
 
     def answer(work: Callable[[], dict[str, Any]]) -> None:
         answers.write(json.dumps(answering(work)) + "\n")
@@ -147,7 +185,7 @@ def serve(spec: dict[str, Any], answers: TextIO) -> None:
         for line in sys.stdin:
             request = json.loads(line)
             if runner is not None:
-                operation = {"begin": runner.begin, "round": runner.round}[request["do"]]
+                operation = {"begin": runner.begin, "round": runner.round, "report": runner.report}[request["do"]]
                 answer(lambda operation=operation, request=request: operation(request))  # type: ignore[misc]
 
 

@@ -5,10 +5,11 @@
 1. translates the sentences of ``demo.tsv.gz`` and shows a few, beside what Transformers alone makes of them;
 2. scores each language with chrF and BLEU (sacrebleu's defaults);
 3. compares static with dynamic gating: first their tokens, which have to be equal, then their speed, taking turns;
-4. prints the report that the runtime keeps, and writes it with all translations into ``--output``;
-5. converts the checkpoint for fairseq and does the same comparison with ``fairseq-generate`` (see fairseq_half.py).
+4. translates a language again with memory for a quarter of the experts: the same sentences, and what the cache did;
+5. prints the report that the runtime keeps, and writes it with all translations into ``--output``;
+6. converts the checkpoint for fairseq and compares static and dynamic gating of ``fairseq-generate`` (fairseq_half.py).
 
-Exits with 1 when static and dynamic gating disagree, in Transformers or in fairseq.
+Exits with 1 when static and dynamic gating disagree, in Transformers or in fairseq, or buffered and resident experts.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ TARGETS = ("fra_Latn", "deu_Latn", "spa_Latn")
 SHOWN = 3
 TIMED_SENTENCES = 32
 TIMED_TOKENS = 24
+BUFFERED = "25%"
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ def main() -> int:
     show_examples(console, pairs, hypotheses, stock)
     show_scores(console, pairs, hypotheses)
     agree = compare_gatings(console, arguments, tokenizer, pairs)
+    agree &= compare_buffered(console, arguments, tokenizer, pairs[TARGETS[-1]], hypotheses[TARGETS[-1]])
     show_report(console, report, f"the last language, {TARGETS[-1]}")
     save(console, arguments.output, hypotheses, report)
     return 0 if run_fairseq_half(console, arguments, tokenizer, pairs) and agree else 1
@@ -251,6 +254,44 @@ def compare_gatings(
     console.print(table)
     if agree:
         console.print("static and dynamic gating gave the same tokens\n")
+    return agree
+
+
+def compare_buffered(
+    console: Console, arguments: argparse.Namespace, tokenizer: Any, pairs: list[Pair], expected: list[str]
+) -> bool:
+    """The last language once more with a quarter of the experts in memory: whether it reads the same."""
+    model = from_pretrained(arguments.model, dtype="float32", expert_memory=BUFFERED)
+    generation = {"num_beams": arguments.num_beams}
+    sentences = [pair.english for pair in pairs]
+    size = arguments.batch_size
+    lines = translate_lines(model, tokenizer, sentences, SOURCE, TARGETS[-1], batch_size=size, generation=generation)
+    agree = list(lines) == expected
+    report = model.moe.report()
+    buffer = report.buffer
+    if buffer is None:
+        raise TypeError("a model loaded with a budget has a buffer")
+    size_in_mib = buffer.arena_bytes / (1 << 20)
+    title = f"{buffer.slots} of {buffer.experts} experts in memory ({size_in_mib:.1f} MiB), {TARGETS[-1]}"
+    table = Table(box=box.SIMPLE, title=title, title_justify="left")
+    for name in ("layer", "asked for", "not there", "read", "waited", "guessed right"):
+        table.add_column(name, justify="left" if name == "layer" else "right")
+    for layer in report.layers:
+        if (cache := layer.cache) is not None:
+            read = sum(cache.bytes_read.values()) / (1 << 20)
+            table.add_row(
+                layer.name.removeprefix("model."),
+                f"{cache.hits + cache.misses:,}",
+                f"{cache.miss_rate:.1%}",
+                f"{read:.1f} MiB",
+                f"{cache.stall_seconds:.2f} s",
+                f"{cache.precision:.0%}",
+            )
+    console.print(table)
+    if agree:
+        console.print(f"buffered and resident experts gave the same translations ({report.seconds:.1f} s)\n")
+    else:
+        console.print("buffered and resident experts DISAGREE", style="bold red")
     return agree
 
 

@@ -114,6 +114,11 @@ class History:
         timing = self._layers.get(layer)
         return math.inf if timing is None else max(timing.last + timing.period - self.now, 0.0)
 
+    def period(self, layer: str) -> float:
+        """Visits between the last two forwards of ``layer``; infinite before its second."""
+        timing = self._layers.get(layer)
+        return math.inf if timing is None else timing.period
+
     def until_use(self, key: ExpertKey) -> tuple[float, float]:
         """Visits until ``key`` is expected to be used again; beside it its rarity, which decides between infinite ones.
 

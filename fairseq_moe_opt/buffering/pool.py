@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import enum
 import heapq
+import math
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,9 @@ from fairseq_moe_opt.moe.types import ExpertKey, ExpertRead, ExpertWeights
 GLOBAL, PER_LAYER = "global", "layer"
 POOLS = (GLOBAL, PER_LAYER)
 """One pool for all layers, or one a layer as in the paper."""
+
+_PATIENCE = 8
+"""Forwards of a layer in which an expert must not be expected, to make room for one that is only guessed."""
 
 
 @dataclass(frozen=True)
@@ -195,11 +199,11 @@ class ExpertPool:
         """What the last forward of ``layer`` asked for."""
         return self._history.active.get(layer.name, frozenset())
 
-    def fetch_ahead(self, layer: PooledLayer, predicted: Sequence[int]) -> None:
+    def fetch_ahead(self, layer: PooledLayer, predicted: Sequence[int], *, certain: bool) -> None:
         """Fetch experts that the next forward of ``layer`` is expected to ask for, as far as that is worth it.
 
-        They take free slots, or those of experts that are expected to be needed later than ``layer`` comes; nothing
-        that is in use or expected makes room.
+        They take free slots, or those of experts that are expected to be needed later than ``layer`` comes, and for a
+        guess that is not ``certain`` much later; nothing that is in use or expected makes room.
         """
         if not predicted:
             return
@@ -211,12 +215,16 @@ class ExpertPool:
         room = len(group.free)
         for key in missing[:room]:
             self._start_ahead(layer, key, group.free.pop())
-        for key, victim in zip(missing[room:], self._dispensable(layer, len(missing) - room), strict=False):
+        for key, victim in zip(missing[room:], self._dispensable(layer, len(missing) - room, certain), strict=False):
             self._start_ahead(layer, key, self.evict(victim))
 
-    def _dispensable(self, layer: PooledLayer, count: int) -> list[ExpertKey]:
+    def _dispensable(self, layer: PooledLayer, count: int, certain: bool) -> list[ExpertKey]:
         """At most ``count`` residents that are needed later than ``layer`` comes, the latest first."""
         soon = self._history.until_forward(layer.name)
+        if math.isinf(soon):  # for the first or second time: nobody guesses for a layer that is far away
+            soon = 1.0
+        elif not certain:
+            soon += _PATIENCE * self._history.period(layer.name)
         later = [
             key
             for key, slot in self._groups[layer.name].resident.items()

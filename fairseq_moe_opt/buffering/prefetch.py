@@ -55,10 +55,10 @@ class Prefetcher:
         following = self._next[layer.name]
         if wants_all(layer, following, rows):
             with self._pool.changed:
-                self._pool.fetch_ahead(following, range(following.num_experts))
+                self._pool.fetch_ahead(following, range(following.num_experts), certain=True)
         elif self.predictor == PREVIOUS:
             with self._pool.changed:
-                self._pool.fetch_ahead(following, sorted(self._pool.last_needed(following)))
+                self._pool.fetch_ahead(following, sorted(self._pool.last_needed(following)), certain=False)
 
     def look_ahead(self, layer: PooledLayer, tokens: Tensor, rows: int) -> None:
         """The same with the router of the next layer, on the (T, D) tokens that ``layer`` was given."""
@@ -68,7 +68,7 @@ class Prefetcher:
             return
         predicted = predict(tokens)
         with self._pool.changed:
-            self._pool.fetch_ahead(following, predicted)
+            self._pool.fetch_ahead(following, predicted, certain=False)
 
 
 def wants_all(layer: PooledLayer, following: PooledLayer, rows: int | None) -> bool:

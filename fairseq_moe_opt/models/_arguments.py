@@ -108,6 +108,10 @@ RuntimeArguments = make_dataclass(
 """The same as a fairseq dataclass, None where the user said nothing."""
 
 
+_REFERENCE = "${"
+"""What omegaconf's references begin with; a dataclass of its own holds them as text."""
+
+
 def read_arguments(cfg: Any) -> MoEArguments:
     """The arguments in any configuration object; what is missing or None has the branches' default."""
     values = {}
@@ -127,6 +131,8 @@ def _batch_size(cfg: Any, name: str) -> int:
     try:
         value = getattr(cfg, name, None) or 0
     except InterpolationKeyError:
+        value = _REFERENCE
+    if str(value).startswith(_REFERENCE):
         # A model's configuration by itself, without the section of the data that this one refers to.
         return 0
     try:

@@ -75,6 +75,15 @@ def test_the_encoder_streams_the_next_layer() -> None:
     assert (report.precision, report.recall) == (5 / 6, 1.0)
 
 
+def test_streaming_makes_room_also_the_first_time() -> None:
+    stores = pool_over({name: random_experts(6) for name in PHASES}, 12, prefetch=PREVIOUS, phases=PHASES)
+    compute(stores["d1"], range(6), ROWS)  # of no use until the encoder is done
+    compute(stores["e0"], range(6), ROWS, routed=60)
+    settle(stores["e0"])
+    # A forward keeps its own experts until it has computed them: those of d1 went.
+    assert stores["e0"].pool.resident("e1") == (0, 1, 2, 3, 4, 5)
+
+
 def test_the_previous_step_predicts_the_next() -> None:
     stores = pool_over({name: random_experts(6) for name in ("d0", "d1")}, 6, prefetch=PREVIOUS)
     for needed in ([0, 1, 2], [1, 2, 5]):
@@ -114,7 +123,7 @@ def test_wrong_guesses_in_the_queue_are_cancelled() -> None:
     store = pool_over(experts, 12, source=source, prefetch=PREVIOUS, readers=1)["d1"]
     pool = store.pool
     with pool.changed:
-        pool.fetch_ahead(store.layer, [0, 1, 2, 3])
+        pool.fetch_ahead(store.layer, [0, 1, 2, 3], certain=False)
     assert source.started.wait(10)
     timer = threading.Timer(0.05, source.released.set)
     timer.start()
@@ -137,11 +146,28 @@ def test_nothing_that_is_needed_sooner_makes_room() -> None:
     before = {name: stores[name].pool.resident(name) for name in experts}
     with stores["d0"].pool.changed:
         # d0 comes next, d1 after it: what both need stays, whatever is guessed for d2.
-        stores["d0"].pool.fetch_ahead(stores["d2"].layer, [2, 3])
+        stores["d0"].pool.fetch_ahead(stores["d2"].layer, [2, 3], certain=False)
     settle(stores["d0"])
     assert {name: stores[name].pool.resident(name) for name in ("d0", "d1")} == {
         name: before[name] for name in ("d0", "d1")
     }
+
+
+def test_a_guess_replaces_only_what_is_not_needed_for_long() -> None:
+    experts = {name: random_experts(4) for name in ("d0", "d1")}
+    stores = pool_over(experts, 4, prefetch=None)
+    compute(stores["d0"], [3], ROWS)
+    for _ in range(12):
+        for name in experts:
+            compute(stores[name], [0], ROWS)
+    store = stores["d0"]
+    compute(stores["d1"], [1], ROWS)
+    assert (store.pool.resident("d0"), store.pool.resident("d1")) == ((0, 3), (0, 1))
+    with store.pool.changed:
+        store.pool.fetch_ahead(store.layer, [1, 2], certain=False)
+    settle(store)
+    # Expert 3 of d0 was not used for long; the others were just now.
+    assert (store.pool.resident("d0"), store.pool.resident("d1")) == ((0, 1), (0, 1))
 
 
 def test_a_failed_guess_is_no_error_until_it_is_needed() -> None:
@@ -150,7 +176,7 @@ def test_a_failed_guess_is_no_error_until_it_is_needed() -> None:
     source.broken = {ExpertKey("d1", 2)}
     store = pool_over(experts, 8, source=source, prefetch=PREVIOUS)["d1"]
     with store.pool.changed:
-        store.pool.fetch_ahead(store.layer, [1, 2])
+        store.pool.fetch_ahead(store.layer, [1, 2], certain=False)
     settle(store)
     assert store.pool.resident("d1") == (1,)
     compute(store, [0, 1], ROWS)

@@ -23,8 +23,10 @@ from omegaconf import OmegaConf
 
 import fairseq_moe_opt
 from fairseq_moe_opt.errors import OptionError
+from fairseq_moe_opt.models._arguments import read_batch_sizes
 from fairseq_moe_opt.models._losses import collect_gate_losses
 from fairseq_moe_opt.models._plan import SparsePlan
+from fairseq_moe_opt.models._registry import LanguageModelConfig
 from fairseq_moe_opt.options import MoEOptions
 from tests.helpers.compare import relative_difference
 
@@ -387,3 +389,9 @@ def test_a_checkpointed_model_is_copied_and_unwrapped() -> None:
         parameter.data.zero_()
     assert torch.equal(run(twin), expected)
     assert torch.equal(run(unwrap_checkpoint(twin)), expected)
+
+
+def test_a_configuration_by_itself_fills_no_batch_up() -> None:
+    """A dataclass holds fairseq's references to another section as text."""
+    assert str(LanguageModelConfig().batch_size).startswith("${")
+    assert read_batch_sizes(LanguageModelConfig()) == (0, 0)
