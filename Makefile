@@ -28,11 +28,11 @@ REFERENCE_PINS := transformers==4.57.1 huggingface-hub==0.36.2 tokenizers==0.22.
 	requests==2.34.2 urllib3==2.8.0 charset-normalizer==3.5.2 idna==3.20 certifi
 
 .PHONY: help demo test test-gpu lint style bench bench-transformers bench-fairseq bench-exchange bench-buffering
-.PHONY: setup reference clean distclean FORCE
+.PHONY: bench-nllb54b setup reference clean distclean FORCE
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1@\2/p' $(MAKEFILE_LIST) | column -t -s @ 2>/dev/null \
-		|| sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1: \2/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1@\2/p' $(MAKEFILE_LIST) | column -t -s @ 2>/dev/null \
+		|| sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1: \2/p' $(MAKEFILE_LIST)
 
 demo: $(STAMPS)/project $(STAMPS)/fairseq ## translate the demo's test set with the demo checkpoint (DEMO_ARGS=...)
 	$(BIN)/python examples/demo/run.py $(DEMO_ARGS)
@@ -52,7 +52,7 @@ style: $(STAMPS)/dependencies ## let ruff format and mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: bench-transformers bench-fairseq bench-exchange bench-buffering ## run all benchmarks
+bench: bench-transformers bench-fairseq bench-exchange bench-buffering bench-nllb54b ## run all benchmarks
 
 bench-transformers: $(STAMPS)/project $(REFERENCE) ## generation against Transformers 4.57.1 and 5.x (BENCH_ARGS=...)
 	$(BIN)/python benchmarks/generate.py --reference $(REFERENCE) $(BENCH_ARGS)
@@ -65,6 +65,12 @@ bench-exchange: $(STAMPS)/project ## what ranks send each other, and for how lon
 
 bench-buffering: $(STAMPS)/project $(REFERENCE) ## buffered experts against resident ones (BUFFERING_BENCH_ARGS=...)
 	$(BIN)/python benchmarks/buffering.py --reference $(REFERENCE) $(BUFFERING_BENCH_ARGS)
+
+# With all 128 experts: 54 GiB of disk, 20 GiB of memory: make bench-nllb54b NLLB54B_ARGS='--folder PATH'
+NLLB54B_ARGS ?= --experts 16
+
+bench-nllb54b: $(STAMPS)/project ## NLLB-MoE-54B's shape with buffered experts (NLLB54B_ARGS=..., or 16 experts a layer)
+	$(BIN)/python benchmarks/nllb54b.py $(NLLB54B_ARGS)
 
 setup: $(STAMPS)/project $(STAMPS)/fairseq ## set up .venv and run nothing
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from _page_cache import forget_folder
 from _rounds import SideError, Worker
 from _sides import REFERENCE, Case, Side
 from _worker import OFFLOADED
@@ -102,18 +102,6 @@ class BufferRow:
         return asdict(self)
 
 
-def drop_pages(folder: Path) -> None:
-    """Have the system forget its copies of the files in ``folder``, so that reading them starts cold."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            finally:
-                os.close(descriptor)
-
-
 def measure_sides(
     wanted: Sequence[BufferSide],
     case: Case,
@@ -157,7 +145,7 @@ def _measure(
     threads: int,
     expected: list[list[int]],
 ) -> tuple[BufferRow, list[list[int]]]:
-    drop_pages(folder)
+    forget_folder(folder)
     with tempfile.NamedTemporaryFile(suffix=".txt") as log, Worker(side, folder, threads, Path(log.name)) as worker:
         try:
             worker.wait_ready()

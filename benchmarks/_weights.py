@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from transformers import NllbMoeConfig, NllbMoeForConditionalGeneration
 from transformers.utils.logging import disable_progress_bar
 
 
-def build(shape: dict[str, Any]) -> NllbMoeForConditionalGeneration:
-    """The model, its values still arbitrary; nothing is dropped at the default capacity fraction of 1."""
-    config = NllbMoeConfig(
+def configuration(shape: Mapping[str, Any]) -> NllbMoeConfig:
+    """Of ``shape``, all else as released; nothing is dropped at the default capacity fraction of 1."""
+    return NllbMoeConfig(
         vocab_size=shape["vocabulary"],
         d_model=shape["d_model"],
         encoder_layers=shape["layers"],
@@ -33,9 +34,13 @@ def build(shape: dict[str, Any]) -> NllbMoeForConditionalGeneration:
         max_position_embeddings=shape["positions"],
         router_bias=shape["skew"] > 0,
     )
+
+
+def build(shape: Mapping[str, Any]) -> NllbMoeForConditionalGeneration:
+    """The model, its values still arbitrary."""
     # Without Transformers' own initialisation, which takes longer than all else here.
     with torch.device("meta"):
-        model = NllbMoeForConditionalGeneration(config)
+        model = NllbMoeForConditionalGeneration(configuration(shape))
     model.to_empty(device="cpu")
     model.tie_weights()
     return model

@@ -12,7 +12,6 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +20,7 @@ import typer
 from _buffers import ACCELERATE, BufferRow, measure_accelerate, measure_sides, sides
 from _machine import usable_cores, write_results
 from _rounds import make_weights
+from _routing_facts import routing_facts
 from _sides import QUICK, REFERENCE, Case, Shape
 from rich.console import Console
 from rich.table import Table
@@ -50,24 +50,6 @@ def miss_rates(trace: Trace, budgets: Sequence[int]) -> dict[int, dict[str, floa
             hits = sum(layer.hits for name, layer in layers.items() if name in decoder)
             found[budget][policy] = misses / (misses + hits)
     return found
-
-
-def routing_facts(trace: Trace) -> dict[str, float]:
-    """How skewed and sticky the decoder's routing was.
-
-    Shares: of uses that go to each layer's most used quarter of experts, and of a forward's experts that the forward
-    before it used too.
-    """
-    hot = total = again = followed = 0
-    for layer in trace.layers:
-        visits = [set(visit.experts) for visit in trace.phase("decoder") if visit.layer == layer.name]
-        counts = sorted((sum(expert in visit for visit in visits) for expert in range(layer.num_experts)), reverse=True)
-        hot += sum(counts[: layer.num_experts // 4])
-        total += sum(counts)
-        for before, after in pairwise(visits):
-            again += len(before & after)
-            followed += len(after)
-    return {"hottest_quarter": hot / max(total, 1), "used_again": again / max(followed, 1)}
 
 
 def table_of(rows: Sequence[BufferRow]) -> Table:

@@ -29,6 +29,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in this folder
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import buffered_run
 import fairseq_half
 import sacrebleu
 import torch
@@ -50,7 +51,6 @@ TARGETS = ("fra_Latn", "deu_Latn", "spa_Latn")
 SHOWN = 3
 TIMED_SENTENCES = 32
 TIMED_TOKENS = 24
-BUFFERED = "25%"
 
 
 @dataclass(frozen=True)
@@ -261,38 +261,11 @@ def compare_buffered(
     console: Console, arguments: argparse.Namespace, tokenizer: Any, pairs: list[Pair], expected: list[str]
 ) -> bool:
     """The last language once more with a quarter of the experts in memory: whether it reads the same."""
-    model = from_pretrained(arguments.model, dtype="float32", expert_memory=BUFFERED)
-    generation = {"num_beams": arguments.num_beams}
     sentences = [pair.english for pair in pairs]
-    size = arguments.batch_size
-    lines = translate_lines(model, tokenizer, sentences, SOURCE, TARGETS[-1], batch_size=size, generation=generation)
-    agree = list(lines) == expected
-    report = model.moe.report()
-    buffer = report.buffer
-    if buffer is None:
-        raise TypeError("a model loaded with a budget has a buffer")
-    size_in_mib = buffer.arena_bytes / (1 << 20)
-    title = f"{buffer.slots} of {buffer.experts} experts in memory ({size_in_mib:.1f} MiB), {TARGETS[-1]}"
-    table = Table(box=box.SIMPLE, title=title, title_justify="left")
-    for name in ("layer", "asked for", "not there", "read", "waited", "guessed right"):
-        table.add_column(name, justify="left" if name == "layer" else "right")
-    for layer in report.layers:
-        if (cache := layer.cache) is not None:
-            read = sum(cache.bytes_read.values()) / (1 << 20)
-            table.add_row(
-                layer.name.removeprefix("model."),
-                f"{cache.hits + cache.misses:,}",
-                f"{cache.miss_rate:.1%}",
-                f"{read:.1f} MiB",
-                f"{cache.stall_seconds:.2f} s",
-                f"{cache.precision:.0%}",
-            )
-    console.print(table)
-    if agree:
-        console.print(f"buffered and resident experts gave the same translations ({report.seconds:.1f} s)\n")
-    else:
-        console.print("buffered and resident experts DISAGREE", style="bold red")
-    return agree
+    work = buffered_run.Translation(
+        arguments.model, sentences, SOURCE, TARGETS[-1], arguments.num_beams, arguments.batch_size, expected
+    )
+    return buffered_run.compare(console, work, tokenizer)
 
 
 def timed_work(tokenizer: Any, sentences: Sequence[str]) -> Work:

@@ -5,7 +5,7 @@
 #
 # PAIRS is a table of target language, English and translation; without it, two thirds of the demo's own sentences.
 # TEST is such a table to score with; without it, every third of PAIRS is kept apart.
-# UPDATES (default 300) and LEARNING_RATE (default 3e-4) are taken from the environment.
+# UPDATES (default 60) and LEARNING_RATE (default 3e-4) are taken from the environment.
 #
 # Steps: Transformers folder -> fairseq checkpoint; fairseq-train; the result through fairseq-generate; back to a
 # Transformers folder; the result through hf_integration. chrF and BLEU before and after are printed.
@@ -16,7 +16,7 @@ demo=$here/../demo
 model=$demo/model
 language=$1 out=$2 pairs=${3:-$demo/demo.tsv.gz} test=${4:-}
 languages=eng_Latn,fra_Latn,deu_Latn,spa_Latn # in the order of their ids
-updates=${UPDATES:-300}
+updates=${UPDATES:-60}
 plugin=$(moe-opt user-dir)
 export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 # see examples/demo/train.sh
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

@@ -53,6 +53,11 @@ class SlotLayout:
         """Of the matrices."""
         return next(place.dtype for place in self.places if place.name == "fc1_weight")
 
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of the tensors, without what is lost between them."""
+        return sum(place.nbytes for place in self.places)
+
     def view(self, memory: Tensor) -> ExpertWeights:
         """The expert in the ``nbytes`` bytes of ``memory`` (uint8)."""
         tensors: dict[str, Tensor | None] = {field.name: None for field in dataclasses.fields(ExpertWeights)}

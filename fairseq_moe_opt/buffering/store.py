@@ -44,6 +44,11 @@ class BufferedExperts:
         """True: slots are used again."""
         return True
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all experts, were they all in slots."""
+        return self.layer.num_experts * self.layer.layout.expert_bytes
+
     def waves(self, needed: Sequence[int], rows: int | None = None) -> Iterator[ExpertWave]:
         """Give every expert of ``needed`` exactly once; CheckpointError when one cannot be fetched."""
         if not needed:

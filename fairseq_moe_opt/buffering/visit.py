@@ -86,6 +86,8 @@ class Visit:
         for load in plan:
             if load.victim is None:
                 self._start(load.key, self._group.free.pop())
+            elif load.victim in self._reuses:  # promised to another, when this forward planned before
+                self._unplanned.append(load.key)
             elif load.victim in self._ready or load.victim in planned:
                 self._reuses[load.victim] = _Reuse(load.key, load.victim)
             else:

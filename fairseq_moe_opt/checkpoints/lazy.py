@@ -9,6 +9,7 @@ from typing import final
 from torch import Tensor
 
 from fairseq_moe_opt.checkpoints.records import CheckpointIndex, TensorRecord, read_tensor
+from fairseq_moe_opt.errors import CheckpointError
 
 
 @final
@@ -47,6 +48,13 @@ class LazyStateDict(MutableMapping[str, Tensor]):
     def shape_of(self, name: str) -> tuple[int, ...]:
         """A tensor's shape, without reading it."""
         return tuple(self._entries[name].shape)
+
+    def record_of(self, name: str) -> TensorRecord:
+        """Where a tensor lies; CheckpointError when it is not in a file."""
+        entry = self._entries.get(name)
+        if not isinstance(entry, TensorRecord):
+            raise CheckpointError(self.index.path, f"has no tensor {name!r} in its files")
+        return entry
 
     def read_into(self, name: str, out: Tensor) -> None:
         """Reads a tensor straight into ``out`` (same shape), converting dtype and device where they differ."""

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Protocol, TypeVar, final
 
 import torch
 
@@ -27,6 +27,32 @@ class Part(enum.Enum):
     WHOLE = enum.auto()
     CODES = enum.auto()
     SCALE = enum.auto()
+
+
+class Storable(Protocol):
+    """A tensor that a file is to hold: its entry in the header, and its numbers when their turn comes."""
+
+    @property
+    def name(self) -> str:
+        """In the file."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In the file."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """In the file."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+
+    def read(self) -> torch.Tensor:
+        """The contiguous CPU tensor of this dtype and shape."""
+
+
+_AnyStorable = TypeVar("_AnyStorable", bound=Storable)
 
 
 @final
@@ -76,23 +102,31 @@ def write_safetensors(
     shards = plan_shards(outputs, shard_bytes)
     metadata = {"format": "pt", **(metadata or {})}
     if len(shards) == 1:
-        _write_file(folder / SINGLE_NAME, shards[0], metadata)
+        write_file(folder / SINGLE_NAME, shards[0], metadata)
         return [folder / SINGLE_NAME]
-    weight_map: dict[str, str] = {}
-    paths = []
-    for number, shard in enumerate(shards, start=1):
-        path = folder / f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_file(path, shard, metadata)
-        weight_map.update({output.name: path.name for output in shard})
-        paths.append(path)
-    index = {"metadata": {"total_size": sum(o.nbytes for o in outputs)}, "weight_map": weight_map}
-    write_json(folder / INDEX_NAME, index)
+    paths = [folder / name for name in shard_names(len(shards))]
+    for path, shard in zip(paths, shards, strict=True):
+        write_file(path, shard, metadata)
+    write_index(folder, shards)
     return paths
 
 
-def plan_shards(outputs: Sequence[Output], shard_bytes: int) -> list[list[Output]]:
+def shard_names(count: int) -> list[str]:
+    """What Transformers calls the files of a checkpoint in ``count`` shards."""
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def write_index(folder: Path, shards: Sequence[Sequence[Storable]]) -> None:
+    """Writes the file that says which of the ``shards`` of ``folder`` holds which tensor."""
+    named = list(zip(shard_names(len(shards)), shards, strict=True))
+    total = sum(output.nbytes for shard in shards for output in shard)
+    weight_map = {output.name: name for name, shard in named for output in shard}
+    write_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def plan_shards(outputs: Sequence[_AnyStorable], shard_bytes: int) -> list[list[_AnyStorable]]:
     """Cuts the list, in its order, into runs of at most ``shard_bytes`` (a larger tensor stands alone)."""
-    shards: list[list[Output]] = [[]]
+    shards: list[list[_AnyStorable]] = [[]]
     size = 0
     for output in outputs:
         if shards[-1] and size + output.nbytes > shard_bytes:
@@ -108,7 +142,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _write_file(path: Path, outputs: Sequence[Output], metadata: Mapping[str, str]) -> None:
+def write_file(path: Path, outputs: Sequence[Storable], metadata: Mapping[str, str]) -> None:
     """One safetensors file: header length, header padded to 8 bytes, then the tensors without gaps."""
     with path.open("wb") as stream:
         header = _header(path, outputs, metadata)
@@ -117,7 +151,7 @@ def _write_file(path: Path, outputs: Sequence[Output], metadata: Mapping[str, st
             stream.write(bytes_of(output.read()))
 
 
-def _header(path: Path, outputs: Sequence[Output], metadata: Mapping[str, str]) -> bytes:
+def _header(path: Path, outputs: Sequence[Storable], metadata: Mapping[str, str]) -> bytes:
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     begin = 0
     for output in outputs:

@@ -47,21 +47,35 @@ class BufferPlan:
 
 
 def plan_buffer(info: CheckpointInfo, memory: str, trace: Path | None) -> BufferPlan:
-    """The slots that ``memory`` gives; OptionError when there is not one."""
+    """The slots that ``memory`` gives, and what the trace foretells for them.
+
+    Raises OptionError when there is not one slot, CheckpointError when the trace is of another model.
+    """
     if not info.layers:
         raise CheckpointError(info.path, "has no Mixture-of-Experts layers, so there is nothing to buffer")
     slot_bytes = max(layer.slot_bytes for layer in info.layers)
     experts = sum(layer.num_experts for layer in info.layers)
     slots = num_slots("expert_memory", memory, experts * slot_bytes, slot_bytes, at_least=1, at_most=experts)
-    miss_rate, bytes_per_token = (None, None) if trace is None else _steady_state(trace, slots, slot_bytes)
+    miss_rate, bytes_per_token = (None, None) if trace is None else _steady_state(info, trace, slots, slot_bytes)
     return BufferPlan(slots, experts, slot_bytes, slots * slot_bytes, slot_bytes, miss_rate, bytes_per_token)
 
 
-def _steady_state(path: Path, slots: int, slot_bytes: int) -> tuple[float, float]:
+def require_same_layers(trace: Trace, path: Path, info: CheckpointInfo) -> None:
+    """CheckpointError unless the trace in ``path`` is of a model with the checkpoint's layers.
+
+    Names are not compared: they differ between fairseq and Transformers, whose traces speak of the same experts.
+    """
+    layers = ([(one.phase, one.num_experts) for one in layers] for layers in (trace.layers, info.layers))
+    if len({tuple(sorted(one)) for one in layers}) != 1:
+        raise CheckpointError(path, f"was recorded from another model than {info.path}: their layers differ")
+
+
+def _steady_state(info: CheckpointInfo, path: Path, slots: int, slot_bytes: int) -> tuple[float, float]:
     """Miss rate and bytes a token of the decoder in the second half of the trace, with the default policy."""
     from fairseq_moe_opt.moe.trace import read_trace
 
     trace = read_trace(path)
+    require_same_layers(trace, path, info)
     half = len(trace.visits) // 2
     before, after = (_decoder_counts(trace, end, slots) for end in (half, len(trace.visits)))
     misses, asked_for = after[0] - before[0], after[1] - before[1]

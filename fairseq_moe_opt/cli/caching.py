@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from fairseq_moe_opt.buffering import BELADY, GLOBAL, POLICIES, POOLS, simulate
+from fairseq_moe_opt.cli.buffer_info import require_same_layers
 from fairseq_moe_opt.cli.info import inspect_checkpoint
 from fairseq_moe_opt.cli.plots import new_figure
-from fairseq_moe_opt.cli.tracing import check_recorded_from
 from fairseq_moe_opt.errors import CheckpointError, OptionError
 from fairseq_moe_opt.moe.trace import Trace, read_trace
 from fairseq_moe_opt.sizes import readable
@@ -56,7 +56,7 @@ def sweep(path: Path, trace_path: Path, pool: str, phase: str) -> Sweep:
             raise OptionError(option, f"{value!r} is not one of {', '.join(known)}")
     trace = read_trace(trace_path)
     info = inspect_checkpoint(path)
-    check_recorded_from(trace, info, trace_path)
+    require_same_layers(trace, trace_path, info)
     counted = trace.visits if phase == "all" else trace.phase(phase)
     if not counted:
         raise CheckpointError(trace_path, f"has no forwards of phase {phase!r}")

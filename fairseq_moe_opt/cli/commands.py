@@ -268,7 +268,7 @@ def translate(
 
 
 @app.command()
-@with_moe_flags("capacity", "expert_memory", "host_memory", "eviction", "expert_pool", "prefetch")
+@with_moe_flags("capacity", "expert_dtype", "expert_memory", "host_memory", "eviction", "expert_pool", "prefetch")
 def verify(
     path: Checkpoint,
     text: Annotated[

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fairseq_moe_opt.buffering import BELADY, DEFAULT_POLICY
+from fairseq_moe_opt.cli.buffer_info import require_same_layers
 from fairseq_moe_opt.cli.info import inspect_checkpoint
-from fairseq_moe_opt.cli.tracing import check_recorded_from
 from fairseq_moe_opt.errors import CheckpointError, InputError, OptionError
 from fairseq_moe_opt.moe.trace import Trace, TraceVisit, read_trace
 from fairseq_moe_opt.placement import (
@@ -157,7 +157,7 @@ def compare(job: PlaceJob) -> Comparison:
 def _row_bytes(trace: Trace, checkpoint: Path, trace_path: Path) -> int:
     """D times the size of an element, in the dtype the checkpoint is stored in; 16 bits where it is stored as int8."""
     info = inspect_checkpoint(checkpoint)
-    check_recorded_from(trace, info, trace_path)
+    require_same_layers(trace, trace_path, info)
     if info.width is None:
         raise CheckpointError(checkpoint, "does not say how wide it is; leave --checkpoint out to count rows")
     return info.width * (4 if max(info.dtypes, key=info.dtypes.__getitem__) == "float32" else 2)

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fairseq_moe_opt.cli.progress import Warnings, line_progress
 from fairseq_moe_opt.cli.text_files import STANDARD, check_destination, checked_line_count, decoded, open_lines
 from fairseq_moe_opt.cli.translating import Translation, load_model, truncation_message
-from fairseq_moe_opt.errors import CheckpointError, InputError
+from fairseq_moe_opt.errors import InputError
 from fairseq_moe_opt.moe.trace import Trace, write_trace
 from fairseq_moe_opt.options import MoEOptions
-
-if TYPE_CHECKING:
-    from fairseq_moe_opt.cli.info import CheckpointInfo
 
 MOST_CHOICES = 8_000_000
 """Choices of single tokens that a trace keeps where they are asked for, at 2 bytes each while recording."""
@@ -86,10 +82,3 @@ def describe(trace: Trace) -> str:
     phases = dict.fromkeys(layer.phase for layer in trace.layers)
     counts = ", ".join(f"{len(trace.phase(phase)):,} of the {phase}'s layers" for phase in phases)
     return f"{len(trace.visits):,} forwards ({counts}), model {trace.fingerprint}"
-
-
-def check_recorded_from(trace: Trace, info: CheckpointInfo, trace_path: Path) -> None:
-    """Raise CheckpointError unless the layers of ``trace`` are those of the checkpoint, by phase and experts."""
-    traced, known = (sorted((one.phase, one.num_experts) for one in of.layers) for of in (trace, info))
-    if traced != known:
-        raise CheckpointError(trace_path, f"was recorded from another model than {info.path}: their layers differ")

@@ -50,7 +50,13 @@ def run_verification(request: Verification) -> Verified:
     device = choose_device(request.device)
     batches, description = _batches(request, lines)
     with status(f"loading {request.checkpoint}"):
-        model = from_pretrained(request.checkpoint, dtype=request.dtype, device=device, kernel=REFERENCE)
+        model = from_pretrained(
+            request.checkpoint,
+            dtype=request.dtype,
+            device=device,
+            kernel=REFERENCE,
+            expert_dtype=options.expert_dtype,
+        )
     others: dict[str, Callable[[], Any]] = {}
     if options.buffered:
         others[f"buffered, {options.expert_memory}"] = lambda: from_pretrained(

@@ -151,10 +151,17 @@ def read_options(cfg: Any) -> MoEOptions:
 def options_from(values: Mapping[str, Any]) -> MoEOptions:
     """Options by their names, an error naming them as users of fairseq know them."""
     try:
-        return MoEOptions.from_kwargs(**values)
+        options = MoEOptions.from_kwargs(**values)
     except OptionError as error:
         message = str(error).split(": ", 1)[1]
         raise OptionError(f"moe_{error.option}", message) from None
+    if options.expert_dtype != "checkpoint" and not options.buffered:
+        raise OptionError(
+            "moe_expert_dtype",
+            f"{options.expert_dtype!r} is what experts become on their way into a buffer: give moe_expert_memory too, "
+            "100% for all of them",
+        )
+    return options
 
 
 def expand_preset(arguments: Mapping[str, Any]) -> dict[str, Any]:

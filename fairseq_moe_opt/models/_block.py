@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -10,7 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fairseq_moe_opt.build import LayerSpec, build_layer, needs_packed_experts
+from fairseq_moe_opt.buffering import BufferedExperts
+from fairseq_moe_opt.build import LayerSpec, build_layer, connect_routers, needs_packed_experts
+from fairseq_moe_opt.errors import MoEError, OptionError
+from fairseq_moe_opt.models._file_experts import FileExperts, MetaExperts, refuse_state_dict
 from fairseq_moe_opt.models._losses import note_cmr_gate, note_gate_loss, wants_gate_losses
 from fairseq_moe_opt.moe import CapacityRule, GShardTop2Router, MoELayer, SoftmaxTopKRouter, Top1Router
 from fairseq_moe_opt.moe.module_experts import ModuleExperts, PackedModuleExperts
@@ -64,24 +67,34 @@ class MoEBlock(nn.Module):
     """``moe_layer`` of a transformer layer: (T, B, D) in and out, rows routed in the order ``b * T + t``.
 
     The engine's layer is made at the first forward, when device and dtype are known, and again when they change in a
-    way that matters to it.
+    way that matters to it. With options that buffer experts they have no memory here, and are computed from the files
+    that ``keep_in`` tells of.
     """
 
     def __init__(self, spec: BlockSpec, options: MoEOptions) -> None:
         super().__init__()
         self.spec, self.options = spec, options
-        num_experts = spec.layer.router.num_experts
-        self.gate = Gate(spec.width, num_experts)
-        self.experts = nn.ModuleList(Expert(spec.width, spec.ffn_width) for _ in range(num_experts))
+        self.gate = Gate(spec.width, self.num_experts)
+        self.experts = MetaExperts(self._build_experts) if options.buffered else nn.ModuleList(self._build_experts())
+        if options.buffered:
+            self.register_state_dict_pre_hook(refuse_state_dict)
         self._observers: tuple[RoutingObserver, ...] = ()
         self._engine: MoELayer | None = None
-        self._store: ModuleExperts | None = None
+        self._store: ModuleExperts | BufferedExperts | None = None
+        self._files: FileExperts | None = None
         self._in_generation = False
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.spec.layer.router.num_experts
 
     @property
     def engine(self) -> MoELayer:
         """The engine's layer for the device, dtype and mode the module is in now."""
         weight = self.gate.wg.weight
+        if self.options.buffered:
+            return self._engine_over_files(weight.device, weight.dtype)
         # Packing makes parameters views of one tensor, which an optimizer must never see.
         packed = not self.training and needs_packed_experts(self.options, weight.device, weight.dtype)
         if self._engine is None or packed != isinstance(self._store, PackedModuleExperts):
@@ -90,8 +103,14 @@ class MoEBlock(nn.Module):
 
     @property
     def expert_bytes(self) -> int:
-        """Bytes of all experts."""
+        """Bytes of all experts, at the dtype in which they are computed."""
+        if self.options.buffered:
+            return cast(BufferedExperts, self.engine.store).nbytes
         return sum(parameter.numel() * parameter.element_size() for parameter in self.experts.parameters())
+
+    def keep_in(self, files: FileExperts) -> None:
+        """Compute from experts in ``files`` from now on."""
+        self._files, self._engine = files, None
 
     def observe(self, observer: RoutingObserver) -> None:
         """Tell ``observer`` of every routing from now on."""
@@ -99,7 +118,16 @@ class MoEBlock(nn.Module):
         self._engine = None
 
     def run_as(self, options: MoEOptions) -> None:
-        """Run as ``options`` say from the next forward on; counters start anew."""
+        """Run as ``options`` say from the next forward on; counters start anew.
+
+        Raises OptionError when experts would have to come into memory, or to leave it, for that.
+        """
+        if options.buffered != self.options.buffered:
+            held = "in the checkpoint's files" if self.options.buffered else "in memory"
+            raise OptionError(
+                "expert_memory",
+                f"{options.expert_memory!r}: the experts of this model are {held} since it was loaded; load it again",
+            )
         self.options = options
         self._engine = None
 
@@ -123,8 +151,13 @@ class MoEBlock(nn.Module):
         return result.output.view(sentences, length, width)[:batch].transpose(0, 1)
 
     def make_generation_fast_(self, **_: Any) -> None:
-        """fairseq's ``prepare_for_inference_`` ends here: batches are never filled up from now on."""
+        """fairseq's ``prepare_for_inference_`` ends here: batches are never filled up from now on.
+
+        Device and dtype are what they are going to be, so a budget that is too small is noticed before any data.
+        """
         self._in_generation = True
+        if self.options.buffered:
+            self._engine = self.engine
 
     @property
     def _expected_batch(self) -> int:
@@ -139,6 +172,25 @@ class MoEBlock(nn.Module):
             return
         if router.capacity is not None:
             engine.router = _with_capacity(router, replace(router.capacity, eval_length=length * batch))
+
+    def _build_experts(self) -> Iterator[Expert]:
+        return (Expert(self.spec.width, self.spec.ffn_width) for _ in range(self.num_experts))
+
+    def _engine_over_files(self, device: torch.device, dtype: torch.dtype) -> MoELayer:
+        name = self.spec.layer.name
+        if self._files is None:
+            raise MoEError(f"{name}: the experts of this model are buffered, but no checkpoint has been loaded into it")
+        with self._files.lock:
+            buffer = self._files.buffer(device, dtype)
+            if self._engine is None or self._store is not buffer.stores[name]:
+                self._store = buffer.stores[name]
+                self._engine = build_layer(self.spec.layer, self.options, self.gate, self._store, self._observers)
+                connect_routers([self._engine], [self._quiet_gate], buffer)
+            return self._engine
+
+    def _quiet_gate(self, tokens: Tensor) -> Tensor:
+        """The gate's logits without its hooks, for a guess that no one else is to see."""
+        return functional.linear(tokens, self.gate.wg.weight)
 
     def _build(self, packed: bool) -> MoELayer:
         if isinstance(self._store, PackedModuleExperts):

@@ -29,6 +29,7 @@ from fairseq_moe_opt.models._arguments import (
 )
 from fairseq_moe_opt.options import field_help
 from fairseq_moe_opt.presets import PRESET_HELP
+from fairseq_moe_opt.sizes import ALL
 
 _logger = logging.getLogger(__name__)
 
@@ -129,6 +130,9 @@ def _settle_training(args: Namespace) -> None:
     vars(args).update(expand_preset(vars(args)))
     vars(args).pop(PRESET_ARGUMENT, None)
     _check(vars(args))
+    memory = getattr(args, "moe_expert_memory", None)
+    if memory not in (None, ALL):
+        raise OptionError("moe_expert_memory", f"{memory!r}: training needs all experts in memory; leave it out")
     for name, reason in _WITHOUT_EFFECT.items():
         if getattr(args, name, None):
             _logger.warning("--%s has no effect: %s", name.replace("_", "-"), reason)

@@ -5,14 +5,19 @@ from __future__ import annotations
 import atexit
 import time
 import weakref
+from contextlib import suppress
 from typing import Any
 
 from torch import nn
 
 from fairseq_moe_opt.checkpoints import CheckpointIndex
+from fairseq_moe_opt.checkpoints.lazy import LazyStateDict
+from fairseq_moe_opt.errors import MoEError
 from fairseq_moe_opt.models._arguments import IMPLIED_BY
 from fairseq_moe_opt.models._block import MoEBlock
+from fairseq_moe_opt.models._file_experts import FileExperts, locate
 from fairseq_moe_opt.moe.report import Report, peak_memory, tokens_by_phase, write_report
+from fairseq_moe_opt.moe.trace import TraceLayer, TraceRecorder, write_trace
 from fairseq_moe_opt.options import MoEOptions
 
 FAMILY = "fairseq-transformer"
@@ -31,6 +36,8 @@ class ModelHandle:
         self.checkpoint: CheckpointIndex | None = None
         self._implied_by = implied_by
         self._model = weakref.ref(model)
+        self._files: FileExperts | None = None
+        self._recorder = None if options.trace is None else self._record()
         self._start = time.perf_counter()
 
     @property
@@ -40,11 +47,22 @@ class ModelHandle:
         modules: Any = () if model is None else model.modules()
         return tuple(module for module in modules if isinstance(module, MoEBlock))
 
+    def loaded(self, tensors: LazyStateDict) -> None:
+        """The model's weights have come from ``tensors``; where experts are buffered, theirs are still there."""
+        self.checkpoint = tensors.index
+        if not self.options.buffered:
+            return
+        specs = [(block.spec.layer, block.num_experts) for block in self.blocks]
+        self._files = FileExperts([locate(one.name, one.phase, count, tensors) for one, count in specs], self.options)
+        for block in self.blocks:
+            block.keep_in(self._files)
+
     def report(self) -> Report:
         """What the layers did since the model was built or the counters were last reset."""
         blocks = self.blocks
         layers = tuple(block.engine.counters.snapshot() for block in blocks)
-        peak, kind = peak_memory(blocks[0].gate.wg.weight.device)
+        weight = blocks[0].gate.wg.weight
+        peak, kind = peak_memory(weight.device)
         options = self.options.to_dict()
         if self._implied_by is not None:
             options[IMPLIED_BY.removeprefix("moe_")] = self._implied_by
@@ -57,6 +75,7 @@ class ModelHandle:
             peak_memory_bytes=peak,
             peak_memory_kind=kind,
             seconds=time.perf_counter() - self._start,
+            buffer=None if self._files is None else self._files.buffer(weight.device, weight.dtype).report,
         )
 
     def reset(self) -> None:
@@ -66,21 +85,40 @@ class ModelHandle:
             block.engine.counters.reset()
 
     def run_as(self, options: MoEOptions) -> None:
-        """Run the same weights as ``options`` say from now on; counters start anew."""
-        self.options, self._implied_by = options, None
+        """Run the same weights as ``options`` say from now on; counters start anew.
+
+        Raises OptionError, with nothing changed, when experts that are buffered would have to come into memory, or the
+        other way round: that is decided when a model is loaded.
+        """
         for block in self.blocks:
             block.run_as(options)
+        if self._files is not None:
+            self._files.run_as(options)
+        self.options, self._implied_by = options, None
         self.reset()
 
     def write_at_exit(self) -> None:
-        """Write the report where the options ask for it when the process ends: a command line is one process."""
-        if self.options.report is not None:
-            atexit.register(self._write, str(self.options.report), self._model())
+        """Write report and trace where the options ask for them when the process ends: a command line is one."""
+        if self.options.report is not None or self.options.trace is not None:
+            atexit.register(self._write, self.options.report, self.options.trace, self._model())
 
-    def _write(self, path: str, _model: nn.Module | None) -> None:
-        # The second argument keeps the model alive until then.
-        if self.blocks:
-            write_report(self.report(), path)
+    def _record(self) -> TraceRecorder:
+        layers = [(block.spec.layer, block.num_experts) for block in self.blocks]
+        recorder = TraceRecorder([TraceLayer(layer.name, layer.phase, count) for layer, count in layers])
+        for block in self.blocks:
+            block.observe(recorder)
+        return recorder
+
+    def _write(self, report: str | None, trace: str | None, _model: nn.Module | None) -> None:
+        # The last argument keeps the model alive until then.
+        if not self.blocks:
+            return
+        if trace is not None and self._recorder is not None:
+            write_trace(self._recorder.trace(), trace)
+        # A model whose experts could not be buffered has nothing to report, and has said why.
+        with suppress(MoEError):
+            if report is not None:
+                write_report(self.report(), report)
 
     def __deepcopy__(self, memo: dict[int, object]) -> None:
         return None

@@ -78,13 +78,19 @@ class _LoadsInPlace:
 
         So a checkpoint is never held twice. ``model.moe.checkpoint`` remembers where its tensors lie.
         """
+        handle = self.__dict__.get("moe")  # a copied model has none
         if not isinstance(state_dict, LazyStateDict) or _keeps_some_layers(model_cfg):
+            if handle is not None and handle.options.buffered:
+                raise OptionError(
+                    "moe_expert_memory",
+                    f"{handle.options.expert_memory!r}: buffered experts are read from a checkpoint's own files, all "
+                    "layers as they are there; load this with moe_expert_memory='all'",
+                )
             return super().load_state_dict(state_dict, strict, model_cfg, args)  # type: ignore[misc]
         self.upgrade_state_dict(state_dict)
         result = read_in_place(cast(nn.Module, self), state_dict, strict)
-        handle = self.__dict__.get("moe")
-        if handle is not None:  # a copied model has none
-            handle.checkpoint = state_dict.index
+        if handle is not None:
+            handle.loaded(state_dict)
         return result
 
     def upgrade_state_dict(self, state_dict: MutableMapping[str, Tensor]) -> None:

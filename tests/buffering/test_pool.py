@@ -131,7 +131,7 @@ def test_a_forward_that_is_given_up_leaves_its_slots() -> None:
     assert equal(compute(store, list(range(6)), ROWS), expected(experts["a"], list(range(6))))
 
 
-@pytest.mark.parametrize("slots", [1, 2, 3, 8])
+@pytest.mark.parametrize("slots", [1, 2, 3, 4, 8])
 def test_forwards_in_several_threads_share_a_pool(slots: int) -> None:
     experts = {"a": random_experts(6), "b": random_experts(5)}
     stores = pool_over(experts, slots, source=MemorySource(experts, longest_delay=0.001))
@@ -155,6 +155,33 @@ def test_forwards_in_several_threads_share_a_pool(slots: int) -> None:
     assert not any(thread.is_alive() for thread in threads)
     assert wrong == []
     assert all(not slot.pins for store in stores.values() for slot in store.pool.group(store.layer).resident.values())
+
+
+def test_a_slot_that_was_promised_is_not_promised_again() -> None:
+    """Others hold both residents when a forward has computed them, and give back one: it has to plan for 2 and 3 anew,
+    while 4 is still to follow 2 in its slot."""
+    experts = {"a": random_experts(5)}
+    store = pool_over(experts, 2, depth=2)["a"]
+    compute(store, [0, 1], ROWS)
+    first, second = store.waves([0]), store.waves([1])
+    started = threading.Event()
+    results: dict[int, torch.Tensor] = {}
+
+    def hold() -> None:
+        if not started.is_set():
+            next(first), next(second)
+            started.set()
+
+    thread = threading.Thread(target=lambda: results.update(compute(store, range(5), ROWS, between=hold)), daemon=True)
+    thread.start()
+    assert started.wait(timeout=60)
+    while store.pool.group(store.layer).resident[ExpertKey("a", 0)].pins > 1:
+        time.sleep(0.001)
+    first.close()
+    thread.join(timeout=60)
+    second.close()
+    assert not thread.is_alive()
+    assert equal(results, expected(experts["a"], list(range(5))))
 
 
 def test_the_arena_is_all_that_is_allocated() -> None:

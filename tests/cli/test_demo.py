@@ -80,6 +80,22 @@ def test_disagreement_fails(demo: ModuleType, monkeypatch: pytest.MonkeyPatch) -
     assert "DISAGREE in sentences [0]" in console.export_text()
 
 
+def test_buffered_experts_that_disagree_fail(demo: ModuleType) -> None:
+    tokenizer = demo.load_tokenizer(demo.HERE / "model")
+    arguments = Namespace(model=demo.HERE / "model", num_beams=1, batch_size=2)
+    pairs = [demo.Pair("Open the file.", "", "x"), demo.Pair("Close the window.", "", "x")]
+    model = demo.from_pretrained(arguments.model, dtype="float32")
+    english = [pair.english for pair in pairs]
+    how = {"generation": {"num_beams": 1}}
+    right = list(demo.translate_lines(model, tokenizer, english, demo.SOURCE, demo.TARGETS[-1], **how))
+    console = Console(record=True, width=110)
+    assert demo.compare_buffered(console, arguments, tokenizer, pairs, right)
+    text = console.export_text()
+    assert "16 of 64 experts in memory" in text and "same translations" in text
+    assert not demo.compare_buffered(console, arguments, tokenizer, pairs, [right[0], "other"])
+    assert "DISAGREE" in console.export_text()
+
+
 def test_every_pair_is_read(demo: ModuleType) -> None:
     pairs = demo.read_pairs(demo.HERE / "demo.tsv.gz", 1000)
     assert {target: len(found) for target, found in pairs.items()} == dict.fromkeys(demo.TARGETS, 300)
