@@ -83,7 +83,8 @@ class MoEOptions:
     """trace that says which experts to load first."""
 
     trace: str | None = None
-    """file that the experts each forward needs are recorded in, for warm_start and moe-opt cache."""
+    """file that the experts each forward needs, and their rows, are recorded in, for warm_start, moe-opt cache and
+    moe-opt place."""
 
     profile: bool = False
     """time routing, dispatch, experts and combine of every layer; the times are in the report."""
