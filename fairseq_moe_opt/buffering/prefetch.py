@@ -11,8 +11,8 @@ from fairseq_moe_opt.buffering.pool import ExpertPool, PooledLayer
 
 LAYERS, PREVIOUS, ROUTER, OFF = "layers", "previous", "router", "off"
 PREDICTORS = (LAYERS, PREVIOUS, ROUTER)
-"""What predicts a layer's experts where not all are wanted: nothing, its last forward, or its router on the layer before's
-input."""
+"""What predicts a layer's experts where not all are wanted: nothing, its last forward, or its router, applied to the
+tokens of the layer before."""
 
 Predict = Callable[[Tensor], Sequence[int]]
 """(T, D) tokens to the experts that a layer's router would choose for them, ascending."""
