@@ -76,27 +76,9 @@ def translate_file(job: Translation, say: Callable[[str], None], part: Part = Pa
     """Do ``part`` of ``job``; ``say`` gets warnings and notes, one line each."""
     options = MoEOptions.from_kwargs(**job.options)
     total = _check_files(job, options, say)
-    import torch
+    from hf_integration.translate import translate_lines
 
-    from hf_integration import from_pretrained
-    from hf_integration.text import check_languages
-    from hf_integration.translate import (
-        choose_device,
-        choose_dtype,
-        load_tokenizer,
-        quiet_host,
-        translate_lines,
-    )
-
-    quiet_host()
-    if job.threads is not None:
-        torch.set_num_threads(job.threads)
-    device = choose_device(job.device)
-    dtype = choose_dtype(job.checkpoint, job.dtype, device)
-    tokenizer = load_tokenizer(job.checkpoint)
-    check_languages(tokenizer, *job.languages)
-    with status(f"loading {job.checkpoint}", is_shown=part.is_shown):
-        model = from_pretrained(job.checkpoint, dtype=dtype, device=device, parallel=part.parallel, **job.options)
+    model, tokenizer = load_model(job, part.parallel, is_shown=part.is_shown)
     warnings = Warnings(say)
     with (
         open_lines(job.source) as stream,
@@ -120,6 +102,29 @@ def translate_file(job: Translation, say: Callable[[str], None], part: Part = Pa
         report = model.moe.report()
         steps = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in report.step_seconds.items())
         say(f"{report.seconds:.2f} s, of which in Mixture-of-Experts layers: {steps}")
+
+
+def load_model(job: Translation, parallel: ExpertParallel | None = None, *, is_shown: bool = True) -> tuple[Any, Any]:
+    """The model and the tokenizer of ``job``; what is wrong with its device or languages is found first.
+
+    ``parallel``: ranks that share the experts. ``is_shown``: whether a spinner tells that it takes its time.
+    """
+    import torch
+
+    from hf_integration import from_pretrained
+    from hf_integration.text import check_languages
+    from hf_integration.translate import choose_device, choose_dtype, load_tokenizer, quiet_host
+
+    quiet_host()
+    if job.threads is not None:
+        torch.set_num_threads(job.threads)
+    device = choose_device(job.device)
+    dtype = choose_dtype(job.checkpoint, job.dtype, device)
+    tokenizer = load_tokenizer(job.checkpoint)
+    check_languages(tokenizer, *job.languages)
+    with status(f"loading {job.checkpoint}", is_shown=is_shown):
+        model = from_pretrained(job.checkpoint, dtype=dtype, device=device, parallel=parallel, **job.options)
+    return model, tokenizer
 
 
 def truncation_message(cut: Truncation) -> str:
