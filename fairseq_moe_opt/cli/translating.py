@@ -78,7 +78,7 @@ def translate_file(job: Translation, say: Callable[[str], None], part: Part = Pa
     total = _check_files(job, options, say)
     from hf_integration.translate import translate_lines
 
-    model, tokenizer = load_model(job, part.parallel, is_shown=part.is_shown)
+    model, tokenizer = load_model(job, part)
     warnings = Warnings(say)
     with (
         open_lines(job.source) as stream,
@@ -104,11 +104,8 @@ def translate_file(job: Translation, say: Callable[[str], None], part: Part = Pa
         say(f"{report.seconds:.2f} s, of which in Mixture-of-Experts layers: {steps}")
 
 
-def load_model(job: Translation, parallel: ExpertParallel | None = None, *, is_shown: bool = True) -> tuple[Any, Any]:
-    """The model and the tokenizer of ``job``; what is wrong with its device or languages is found first.
-
-    ``parallel``: ranks that share the experts. ``is_shown``: whether a spinner tells that it takes its time.
-    """
+def load_model(job: Translation, part: Part = Part()) -> tuple[Any, Any]:
+    """The model and the tokenizer of ``part`` of ``job``; what is wrong with its device or languages is found first."""
     import torch
 
     from hf_integration import from_pretrained
@@ -122,8 +119,8 @@ def load_model(job: Translation, parallel: ExpertParallel | None = None, *, is_s
     dtype = choose_dtype(job.checkpoint, job.dtype, device)
     tokenizer = load_tokenizer(job.checkpoint)
     check_languages(tokenizer, *job.languages)
-    with status(f"loading {job.checkpoint}", is_shown=is_shown):
-        model = from_pretrained(job.checkpoint, dtype=dtype, device=device, parallel=parallel, **job.options)
+    with status(f"loading {job.checkpoint}", is_shown=part.is_shown):
+        model = from_pretrained(job.checkpoint, dtype=dtype, device=device, parallel=part.parallel, **job.options)
     return model, tokenizer
 
 
