@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fairseq_moe_opt.errors import MoEError, OptionError, ParallelError, PlacementError
+from fairseq_moe_opt.moe.trace import Trace, TraceLayer
 from fairseq_moe_opt.parallel import ProcessGroupRanks, run_ranks
 from fairseq_moe_opt.placement import Cluster, LoadHistory, Placement, place
 from hf_integration import ExpertParallel, from_pretrained, generate_batches
@@ -25,7 +26,7 @@ DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo"
 MODEL = DEMO / "model"
 NUM_EXPERTS = 16
 LAYERS = tuple(f"model.{stack}.layers.{place}.ffn" for stack in ("encoder", "decoder") for place in (1, 3))
-FINGERPRINT = ";".join(f"{name}:{name.split('.')[1]}:{NUM_EXPERTS}" for name in LAYERS)
+FINGERPRINT = Trace(tuple(TraceLayer(name, name.split(".")[1], NUM_EXPERTS) for name in LAYERS), ()).fingerprint
 GREEDY = {"num_beams": 1, "max_new_tokens": 16}
 PATIENCE = {"timeout": 120.0, "deadline": 240.0}
 
