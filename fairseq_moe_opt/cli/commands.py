@@ -289,7 +289,9 @@ def translate(
 
 
 @app.command()
-@with_moe_flags("capacity", "expert_dtype", "expert_memory", "host_memory", "eviction", "expert_pool", "prefetch")
+@with_moe_flags(
+    "capacity", "expert_dtype", "expert_memory", "host_memory", "eviction", "expert_pool", "prefetch", "host_compute"
+)
 def verify(
     path: Checkpoint,
     text: Annotated[
