@@ -1,8 +1,9 @@
 """How even ranks are loaded under each placement strategy: Max Load and Avg Max Load, beside EPLB's and lower bounds.
 
 The paper's protocol: the first half of a trace places the experts, the second half tests. Traces are synthetic with the
-paper's statistics, and whatever ``.npz`` files of counts are given. Each number of ranks is tried with exactly one slot
-an expert, and with 10 % spare slots for the strategies that replicate.
+paper's statistics, recorded here from the demo checkpoint over its three languages, and whatever files are given (a
+trace of ``moe-opt trace``, or ``.npz`` of counts). Each number of ranks up to that of experts is tried with exactly one
+slot an expert, and with 10 % spare slots for the strategies that replicate.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ import numpy as np
 import typer
 from _machine import write_results
 from _placement_results import Row, Trace, losses, losses_table, measure, summary, table_of
+from _recorded import demo_traces, traces_of_file
 from rich.console import Console
 
 from fairseq_moe_opt.errors import MoEError
-from fairseq_moe_opt.placement import WORKLOADS, read_history, strategy_names, synthetic_history
+from fairseq_moe_opt.placement import WORKLOADS, strategy_names, synthetic_history
 from fairseq_moe_opt.placement.strategies import get_strategy
 
 SPARE = 0.1
@@ -42,10 +44,11 @@ class Plan:
     layers: int
     batches: int
     seed: int
+    demo_lines: int
     files: tuple[str, ...]
 
     def traces(self) -> list[Trace]:
-        """The synthetic traces, each from a seed of its own, then the files."""
+        """The synthetic traces, each from a seed of its own, then the demo's, then the files'."""
         made = [
             Trace(
                 f"{name}-{experts}",
@@ -55,7 +58,8 @@ class Plan:
             for index, (name, workload) in enumerate(WORKLOADS.items())
             for experts in self.experts
         ]
-        return [*made, *(Trace(Path(file).name, read_history(file)) for file in self.files)]
+        demo = demo_traces(self.demo_lines) if self.demo_lines else []
+        return [*made, *demo, *(trace for file in self.files for trace in traces_of_file(Path(file)))]
 
 
 def run(plan: Plan, console: Console) -> tuple[list[Row], dict[str, Any]]:
@@ -65,7 +69,7 @@ def run(plan: Plan, console: Console) -> tuple[list[Row], dict[str, Any]]:
     traces, rows = plan.traces(), []
     with console.status("placing") as status:
         for trace in traces:
-            for ranks in plan.ranks:
+            for ranks in (one for one in plan.ranks if one <= trace.history.num_experts):
                 status.update(f"{trace.name}, {ranks} ranks")
                 rows += measure(trace, ranks, 0, every)
                 rows += measure(trace, ranks, max(1, round(SPARE * trace.history.num_experts)), replicating)
@@ -80,13 +84,16 @@ def run(plan: Plan, console: Console) -> tuple[list[Row], dict[str, Any]]:
 @app.command()
 def main(
     files: Annotated[
-        list[Path] | None, typer.Argument(metavar="[FILE]...", help=".npz files of counts a layer")
+        list[Path] | None, typer.Argument(metavar="[FILE]...", help="traces, or .npz files of counts a layer")
     ] = None,
     ranks: Annotated[list[int] | None, typer.Option(min=2, help="ranks to place on; repeat for more")] = None,
     experts: Annotated[list[int] | None, typer.Option(min=8, help="experts of the synthetic traces; repeat")] = None,
     layers: Annotated[int, typer.Option(min=1, help="layers of each synthetic trace")] = 6,
     batches: Annotated[int, typer.Option(min=4, help="batches of each, half of which place")] = 256,
     seed: Annotated[int, typer.Option(help="of the synthetic traces")] = 6182,
+    demo_lines: Annotated[
+        int | None, typer.Option(min=0, help="sentences translated to each language [default: 300, none if quick]")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="tiny traces: shows that all runs, says nothing")] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="where results go [default: results/placement.json, none if quick]")
@@ -102,6 +109,7 @@ def main(
         layers=2 if quick else layers,
         batches=24 if quick else batches,
         seed=seed,
+        demo_lines=(0 if quick else 300) if demo_lines is None else demo_lines,
         files=tuple(map(str, files or ())),
     )
     try:

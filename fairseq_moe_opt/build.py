@@ -13,6 +13,7 @@ from torch import Tensor
 from fairseq_moe_opt.buffering import (
     DEFAULT_POLICY,
     GLOBAL,
+    LAYERS,
     OFF,
     ROUTER,
     BufferedExperts,
@@ -225,7 +226,7 @@ def build_buffer(
         policy=policy,
         pool=pool_kind,
     )
-    prefetcher = _prefetcher(pool, options.prefetch)
+    prefetcher = _prefetcher(pool, options.prefetch, device)
     stores = {layer.name: BufferedExperts(pool, layer, prefetcher, host_compute) for layer in pooled}
     return ExpertBuffer(stores, report, prefetcher)
 
@@ -285,8 +286,11 @@ def _trace_for(layers: Sequence[PooledLayer], path: str) -> Trace:
     return trace
 
 
-def _prefetcher(pool: ExpertPool, how: str) -> Prefetcher | None:
-    return None if how == OFF else Prefetcher(pool, ROUTER if how == "auto" else how)
+def _prefetcher(pool: ExpertPool, how: str, device: torch.device) -> Prefetcher | None:
+    """Beside a GPU a wrong guess costs idle bandwidth; on a CPU it takes a slot, and cores that would compute."""
+    if how == "auto":
+        how = LAYERS if device.type == "cpu" else ROUTER
+    return None if how == OFF else Prefetcher(pool, how)
 
 
 def connect_routers(

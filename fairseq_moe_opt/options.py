@@ -22,7 +22,7 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
     "expert_dtype": ("checkpoint", "bf16", "int8"),
     "eviction": ("auto", "reuse", "lfru", "lifo", "fifo", "lru", "lfu"),
     "expert_pool": ("auto", "global", "layer"),
-    "prefetch": ("auto", "off", "previous", "router"),
+    "prefetch": ("auto", "off", "layers", "previous", "router"),
     "host_compute": ("off", "auto"),
 }
 
@@ -76,9 +76,10 @@ class MoEOptions:
     global."""
 
     prefetch: str = "auto"
-    """fetch experts before they are asked for: previous takes a layer's experts of the step before, router applies the
-    next layer's router early, off waits until they are asked for; auto takes router. Where a forward has many rows,
-    as in the encoder, all experts of the next layer are fetched in order."""
+    """fetch experts before they are asked for: where a forward has many rows, as in the encoder, layers fetches all
+    experts of the next layer in order; previous also guesses where it has few, by a layer's experts of the step before,
+    and router by applying the next layer's router early; off waits until they are asked for. auto takes layers on a CPU
+    and router on a GPU."""
 
     host_compute: str = "off"
     """auto computes an expert that is in host_memory but not on the GPU where it is, when it has so few rows that
@@ -88,7 +89,8 @@ class MoEOptions:
     """trace that says which experts to load first."""
 
     trace: str | None = None
-    """file that the experts each forward needs are recorded in, for warm_start and moe-opt cache."""
+    """file that the experts each forward needs, and their rows, are recorded in, for warm_start, moe-opt cache and
+    moe-opt place."""
 
     profile: bool = False
     """time routing, dispatch, experts and combine of every layer; the times are in the report."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from transformers import GenerationMixin
 
 from fairseq_moe_opt.build import ExpertBuffer
 from fairseq_moe_opt.errors import OptionError
-from fairseq_moe_opt.moe import MoELayer
 from fairseq_moe_opt.moe.report import Report, peak_memory, tokens_by_phase, write_report
 from fairseq_moe_opt.moe.trace import TraceLayer, TraceRecorder, write_trace
 from fairseq_moe_opt.options import MoEOptions
@@ -31,7 +29,7 @@ class Handle:
         self._model = model
         self._installed = installed
         self._seconds = 0.0
-        self._recorder = _recorder(installed.layers) if options.trace is not None else None
+        self._recorder = self.record() if options.trace is not None else None
 
     @property
     def active(self) -> bool:
@@ -74,6 +72,18 @@ class Handle:
         if self.options.trace is not None and self._recorder is not None:
             write_trace(self._recorder.trace(), self.options.trace)
 
+    def record(self, *, choices_limit: int = 0) -> TraceRecorder:
+        """A recorder of what the layers route from now on; its ``trace()`` is what it saw so far.
+
+        With ``choices_limit``, so many choices of single tokens are kept too, besides counts (2 bytes each).
+        """
+        counters = [layer.counters for layer in self._installed.layers]
+        layers = [TraceLayer(one.name, one.phase, one.num_experts) for one in counters]
+        recorder = TraceRecorder(layers, choices_limit=choices_limit)
+        for layer in self._installed.layers:
+            layer.observe(recorder)
+        return recorder
+
     @property
     def patches(self) -> Patches:
         """What was changed in the model, to be added to by whoever changes more."""
@@ -85,15 +95,6 @@ class Handle:
 
     def _device(self) -> torch.device:
         return next(self._model.parameters()).device
-
-
-def _recorder(layers: Sequence[MoELayer]) -> TraceRecorder:
-    """A recorder of what ``layers`` route from now on."""
-    counters = [layer.counters for layer in layers]
-    recorder = TraceRecorder([TraceLayer(one.name, one.phase, one.num_experts) for one in counters])
-    for layer in layers:
-        layer.observe(recorder)
-    return recorder
 
 
 class _Generate:

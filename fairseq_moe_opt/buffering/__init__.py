@@ -11,7 +11,7 @@ from fairseq_moe_opt.buffering.host import HostTier
 from fairseq_moe_opt.buffering.host_compute import HostCompute, measure_layers
 from fairseq_moe_opt.buffering.policies import BELADY, DEFAULT_POLICY, POLICIES, find_policy
 from fairseq_moe_opt.buffering.pool import GLOBAL, PER_LAYER, POOLS, ExpertPool, PooledLayer
-from fairseq_moe_opt.buffering.prefetch import OFF, PREVIOUS, ROUTER, Prefetcher, RouterGuess
+from fairseq_moe_opt.buffering.prefetch import LAYERS, OFF, PREVIOUS, ROUTER, Prefetcher, RouterGuess
 from fairseq_moe_opt.buffering.simulation import SimulatedLayer, simulate
 from fairseq_moe_opt.buffering.slots import SlotArena, SlotLayout, slot_bytes_for
 from fairseq_moe_opt.buffering.store import BufferedExperts
@@ -20,6 +20,7 @@ __all__ = [
     "BELADY",
     "DEFAULT_POLICY",
     "GLOBAL",
+    "LAYERS",
     "OFF",
     "PER_LAYER",
     "POLICIES",

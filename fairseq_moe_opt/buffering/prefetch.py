@@ -9,9 +9,10 @@ from torch import Tensor
 
 from fairseq_moe_opt.buffering.pool import ExpertPool, PooledLayer
 
-PREVIOUS, ROUTER, OFF = "previous", "router", "off"
-PREDICTORS = (PREVIOUS, ROUTER)
-"""What predicts a layer's experts: those of its last forward, or its router on the layer before's input."""
+LAYERS, PREVIOUS, ROUTER, OFF = "layers", "previous", "router", "off"
+PREDICTORS = (LAYERS, PREVIOUS, ROUTER)
+"""What predicts a layer's experts where not all are wanted: nothing, its last forward, or its router, applied to the
+tokens of the layer before."""
 
 Predict = Callable[[Tensor], Sequence[int]]
 """(T, D) tokens to the experts that a layer's router would choose for them, ascending."""
@@ -37,7 +38,7 @@ class Prefetcher:
 
     Args:
         pool: of all layers.
-        predictor: ``previous`` or ``router``.
+        predictor: ``layers``, ``previous`` or ``router``.
     """
 
     def __init__(self, pool: ExpertPool, predictor: str) -> None:

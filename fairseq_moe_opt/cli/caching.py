@@ -14,7 +14,8 @@ from rich.table import Table
 from fairseq_moe_opt.buffering import BELADY, GLOBAL, POLICIES, POOLS, simulate
 from fairseq_moe_opt.cli.buffer_info import require_same_layers
 from fairseq_moe_opt.cli.info import inspect_checkpoint
-from fairseq_moe_opt.errors import CheckpointError, MoEError, OptionError
+from fairseq_moe_opt.cli.plots import new_figure
+from fairseq_moe_opt.errors import CheckpointError, OptionError
 from fairseq_moe_opt.moe.trace import Trace, read_trace
 from fairseq_moe_opt.sizes import readable
 
@@ -105,11 +106,7 @@ def sweep_as_json(found: Sweep) -> str:
 
 def draw(found: Sweep, path: Path) -> None:
     """Draw miss rate against size as a PNG; MoEError where matplotlib is not installed."""
-    try:
-        from matplotlib.figure import Figure  # only a plot needs it
-    except ImportError as error:
-        raise MoEError("--plot needs matplotlib: pip install 'fairseq-moe-opt[plots]'") from error
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = new_figure(7, 4.5)
     axes = figure.subplots()
     sizes = [row.percent for row in found.rows]
     for policy in (*POLICIES, BELADY):

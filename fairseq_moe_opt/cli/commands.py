@@ -22,7 +22,7 @@ NAME = "moe-opt"
 FAILURE, BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
 _PIPED_WIDTH = 120
 _DEBUG = "--debug"
-_DTYPE_HELP = "dtype to compute in; the checkpoint's own if not given, but float32 for float16 on a CPU"
+DTYPE_HELP = "dtype to compute in; the checkpoint's own if not given, but float32 for float16 on a CPU"
 # What typer raises for a wrong command line; its own name for the class has moved between releases.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
@@ -144,27 +144,6 @@ def info(
 
 
 @app.command()
-def cache(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="checkpoint that the trace is of")],
-    trace: Annotated[Path, typer.Option("--trace", metavar="FILE", help="trace, as --moe-trace records it")],
-    pool: Annotated[str, typer.Option(help="global: one cache for all layers; layer: one each")] = "global",
-    phase: Annotated[str, typer.Option(help="whose misses to show: encoder, decoder, all")] = "all",
-    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="draw the curves")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
-) -> None:
-    """Miss rate against cache size, for every policy and for Belady's, which knows the future, from a trace."""
-    from fairseq_moe_opt.cli.caching import draw, render_sweep, sweep, sweep_as_json
-
-    found = sweep(path, trace, pool, phase)
-    if plot is not None:
-        draw(found, plot)
-    if as_json:
-        typer.echo(sweep_as_json(found))
-    else:
-        render_sweep(found, output_console())
-
-
-@app.command()
 def convert(
     src: Annotated[
         Path,
@@ -254,7 +233,7 @@ def translate(
         int | None, typer.Option(min=2, help="most tokens of a translation, start and end included")
     ] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="the same, start not included")] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help=_DTYPE_HELP)] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help=DTYPE_HELP)] = None,
     device: Device = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads; fewer are faster beside busy processes")

@@ -70,6 +70,7 @@ class CheckpointInfo:
         family: ``model_type`` of ``config.json``, or fairseq and its architecture.
         layers: the Mixture-of-Experts layers.
         top_k: experts a token goes to; None when unknown or without such layers.
+        width: D; None when unknown.
         one_expert_bytes: of the largest expert.
         expert_dtypes: bytes of expert weights by dtype.
         dtypes: bytes by dtype.
@@ -82,6 +83,7 @@ class CheckpointInfo:
     family: str
     layers: tuple[MoELayerInfo, ...]
     top_k: int | None
+    width: int | None
     parameters: int
     dense_bytes: int
     expert_bytes: int
@@ -113,6 +115,7 @@ def summarize(index: CheckpointIndex, config: Mapping[str, Any], memory: int | N
         family=_family(index, config),
         layers=layers,
         top_k=_top_k(index, config) if layers else None,
+        width=_width(index, config),
         parameters=parameters,
         dense_bytes=total - expert_bytes,
         expert_bytes=expert_bytes,
@@ -289,4 +292,13 @@ def _top_k(index: CheckpointIndex, config: Mapping[str, Any]) -> int | None:
         model = index.metadata.get("cfg", {}).get("model") or {}
         return 1 if model.get("moe_top1_expert") else 2
     known = config.get("num_experts_per_tok", _TOP_K.get(str(config.get("model_type"))))
+    return known if isinstance(known, int) else None
+
+
+def _width(index: CheckpointIndex, config: Mapping[str, Any]) -> int | None:
+    if index.format == "fairseq":
+        model = index.metadata.get("cfg", {}).get("model") or {}
+        known = model.get("decoder_embed_dim")
+    else:
+        known = config.get("d_model", config.get("hidden_size"))
     return known if isinstance(known, int) else None

@@ -43,27 +43,9 @@ def translate_file(job: Translation, say: Callable[[str], None]) -> None:
     """Do ``job``; ``say`` gets warnings and notes, one line each."""
     options = MoEOptions.from_kwargs(**job.options)
     total = _check_files(job, options, say)
-    import torch
+    from hf_integration.translate import translate_lines
 
-    from hf_integration import from_pretrained
-    from hf_integration.text import check_languages
-    from hf_integration.translate import (
-        choose_device,
-        choose_dtype,
-        load_tokenizer,
-        quiet_host,
-        translate_lines,
-    )
-
-    quiet_host()
-    if job.threads is not None:
-        torch.set_num_threads(job.threads)
-    device = choose_device(job.device)
-    dtype = choose_dtype(job.checkpoint, job.dtype, device)
-    tokenizer = load_tokenizer(job.checkpoint)
-    check_languages(tokenizer, *job.languages)
-    with status(f"loading {job.checkpoint}"):
-        model = from_pretrained(job.checkpoint, dtype=dtype, device=device, **job.options)
+    model, tokenizer = load_model(job)
     warnings = Warnings(say)
     with (
         open_lines(job.source) as stream,
@@ -86,6 +68,25 @@ def translate_file(job: Translation, say: Callable[[str], None]) -> None:
         report = model.moe.report()
         steps = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in report.step_seconds.items())
         say(f"{report.seconds:.2f} s, of which in Mixture-of-Experts layers: {steps}")
+
+
+def load_model(job: Translation) -> tuple[Any, Any]:
+    """The model and the tokenizer of ``job``; what is wrong with its device or languages is found first."""
+    import torch
+
+    from hf_integration import from_pretrained
+    from hf_integration.text import check_languages
+    from hf_integration.translate import choose_device, choose_dtype, load_tokenizer, quiet_host
+
+    quiet_host()
+    if job.threads is not None:
+        torch.set_num_threads(job.threads)
+    device = choose_device(job.device)
+    dtype = choose_dtype(job.checkpoint, job.dtype, device)
+    tokenizer = load_tokenizer(job.checkpoint)
+    check_languages(tokenizer, *job.languages)
+    with status(f"loading {job.checkpoint}"):
+        return from_pretrained(job.checkpoint, dtype=dtype, device=device, **job.options), tokenizer
 
 
 def truncation_message(cut: Truncation) -> str:

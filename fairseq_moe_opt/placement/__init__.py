@@ -11,7 +11,7 @@ from fairseq_moe_opt.placement.evaluate import (
     rank_loads,
 )
 from fairseq_moe_opt.placement.files import read_placement, write_placement
-from fairseq_moe_opt.placement.history import LoadHistory, read_history
+from fairseq_moe_opt.placement.history import LoadHistory, history_of, read_history
 from fairseq_moe_opt.placement.replan import replan
 from fairseq_moe_opt.placement.strategies import DEFAULT_STRATEGY, Strategy, place, register_strategy, strategy_names
 from fairseq_moe_opt.placement.synthetic import WORKLOADS, synthetic_history
@@ -29,6 +29,7 @@ __all__ = [
     "Placement",
     "Strategy",
     "evaluate",
+    "history_of",
     "layer_balance",
     "lower_bounds",
     "moves_between",

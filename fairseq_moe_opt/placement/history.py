@@ -6,7 +6,7 @@ ranks together (E and the replicas).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fairseq_moe_opt.errors import InputError
+from fairseq_moe_opt.moe.trace import Trace, TraceVisit
 
 Counts = NDArray[np.int64]
 """Routed rows, (B, E)."""
@@ -78,6 +79,21 @@ def shares_of(counts: Counts) -> Shares:
     return np.asarray(counts[used] / rows[used], dtype=np.float64)
 
 
+def history_of(trace: Trace, phase: str | None = None) -> LoadHistory:
+    """The counts of ``trace``: a layer's visits are its batches. Of one ``phase``, or of all.
+
+    Raises InputError where the trace has no counts, nothing of the phase, or layers of different sizes.
+    """
+    layers = {one.name: one.num_experts for one in trace.layers if phase in (None, one.phase)}
+    visits: dict[str, list[TraceVisit]] = {name: [] for name in layers}
+    for visit in trace.visits:
+        if not visit.counts:
+            raise InputError("the trace says which experts were needed, but not how many rows they got: record it anew")
+        if visit.layer in layers:
+            visits[visit.layer].append(visit)
+    return LoadHistory({name: _dense(visits[name], num_experts) for name, num_experts in layers.items()})
+
+
 def read_history(path: str | PathLike[str]) -> LoadHistory:
     """Read a ``.npz`` file that holds one (B, E) array of counts a layer, named by its layer.
 
@@ -90,6 +106,14 @@ def read_history(path: str | PathLike[str]) -> LoadHistory:
         raise InputError(f"{fspath(path)}: {error}") from None
     except (OSError, ValueError, TypeError, BadZipFile) as error:
         raise InputError(f"{fspath(path)}: not a .npz file of counts a layer ({error})") from None
+
+
+def _dense(visits: Sequence[TraceVisit], num_experts: int) -> Counts:
+    """(B, E) counts of one layer's visits."""
+    counts = np.zeros((len(visits), num_experts), dtype=np.int64)
+    for batch, visit in enumerate(visits):
+        counts[batch, list(visit.experts)] = visit.counts
+    return counts
 
 
 def _checked(name: str, counts: Counts) -> Counts:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fairseq_moe_opt.moe.trace import Trace, TraceLayer, TraceVisit, write_trace
 from fairseq_moe_opt.placement import Cluster, LoadHistory, evaluate, place, synthetic_history
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -106,3 +107,30 @@ def test_a_file_that_is_no_trace_is_refused(tmp_path: Path) -> None:
     done = run(str(tmp_path / "no.npz"))
     assert done.returncode == 2
     assert "no.npz" in done.stderr
+
+
+def test_a_trace_file_gives_one_trace_a_phase_and_no_more_ranks_than_experts(tmp_path: Path) -> None:
+    layers = (TraceLayer("e", "encoder", 3), TraceLayer("d", "decoder", 3))
+    visits = [TraceVisit(name, (0, 1, 2), 9, (step, 2, 3)) for step in range(1, 5) for name in ("e", "d")]
+    write_trace(Trace(layers, tuple(visits)), tmp_path / "t.json")
+    done = run(str(tmp_path / "t.json"), "--json", str(tmp_path / "out.json"))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert {(row["trace"], row["ranks"]) for row in rows if row["experts"] == 3} == {
+        ("t.json-encoder", 2),
+        ("t.json-decoder", 2),
+    }
+
+
+def test_the_demo_is_recorded_language_by_language(results: ModuleType) -> None:
+    traces = importlib.import_module("_recorded").demo_traces(8)
+    assert [trace.name for trace in traces] == [
+        "demo-encoder",
+        *(f"demo-{one}-decoder" for one in ("fra", "deu", "spa")),
+    ]
+    for trace in traces:
+        assert trace.history.num_experts == 16
+        steps = {len(counts) for counts in trace.history.layers.values()}
+        assert steps == {1} if "encoder" in trace.name else min(steps) > 5
+        # Two experts a token: no row is lost.
+        assert all(int(counts.sum(axis=1).min()) % 2 == 0 for counts in trace.history.layers.values())

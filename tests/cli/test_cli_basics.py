@@ -14,7 +14,7 @@ from fairseq_moe_opt.options import field_choices, option_names
 from tests.cli.conftest import Run
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("info", "convert", "translate", "verify", "user-dir")
+COMMANDS = ("info", "convert", "translate", "verify", "user-dir", "trace", "cache", "place")
 
 
 def test_version(run: Run) -> None:

@@ -33,7 +33,7 @@ HOSTS: Mapping[str, frozenset[str]] = {
     "transformers": frozenset({HF}),
 }
 
-_MIDDLE = frozenset({"options", "presets", "build"})
+_MIDDLE = frozenset({"options", "presets", "build", "rank_caches"})
 _BELOW_TOP = BOTTOM | SIBLINGS | _MIDDLE | {"package", "environment"}
 
 MAY_IMPORT: Mapping[str, frozenset[str]] = {
@@ -50,6 +50,7 @@ MAY_IMPORT: Mapping[str, frozenset[str]] = {
     "options": BOTTOM,
     "presets": BOTTOM | {"options"},
     "build": BOTTOM | SIBLINGS | {"options"},
+    "rank_caches": BOTTOM | SIBLINGS,  # what placement does to caches: of two siblings, so above both
     "package": frozenset({"errors", "options"}),  # fairseq_moe_opt/__init__.py: names for type checkers
     "models": _BELOW_TOP,
     "tasks": _BELOW_TOP | {"models"},

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from fairseq_moe_opt.errors import InputError
-from fairseq_moe_opt.placement import LoadHistory, read_history
+from fairseq_moe_opt.moe.trace import Trace, TraceLayer, TraceVisit
+from fairseq_moe_opt.placement import LoadHistory, history_of, read_history
 
 
 def history(*rows: list[int]) -> LoadHistory:
@@ -87,3 +88,34 @@ def test_other_files_are_refused_by_name(tmp_path: Path) -> None:
     for name in ("missing.npz", "text.npz", "one.npy", "float.npz", "objects.npz"):
         with pytest.raises(InputError, match=name):
             read_history(tmp_path / name)
+
+
+ENCODER, DECODER = TraceLayer("enc", "encoder", 3), TraceLayer("dec", "decoder", 3)
+VISITS = (
+    TraceVisit("enc", (0, 2), 9, (5, 1)),
+    TraceVisit("dec", (1,), 2, (2,)),
+    TraceVisit("dec", (0, 1), 2, (1, 1)),
+)
+
+
+def test_a_layers_visits_in_a_trace_are_its_batches() -> None:
+    found = history_of(Trace((ENCODER, DECODER), VISITS))
+    assert {name: counts.tolist() for name, counts in found.layers.items()} == {
+        "enc": [[5, 0, 1]],
+        "dec": [[0, 2, 0], [1, 1, 0]],
+    }
+    assert list(history_of(Trace((ENCODER, DECODER), VISITS), "decoder").layers) == ["dec"]
+
+
+@pytest.mark.parametrize(
+    ("trace", "phase", "message"),
+    [
+        (Trace((DECODER,), (TraceVisit("dec", (1,)),)), None, "not how many rows they got: record it anew"),
+        (Trace((DECODER,), VISITS[1:]), "encoder", "needs at least one layer"),
+        (Trace((ENCODER, DECODER), VISITS[1:]), None, "layer 'enc': not one row was routed in its 0 batches"),
+        (Trace((TraceLayer("enc", "encoder", 4), DECODER), VISITS), None, "needs one number of experts"),
+    ],
+)
+def test_a_trace_that_is_no_history(trace: Trace, phase: str | None, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        history_of(trace, phase)
