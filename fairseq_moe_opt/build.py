@@ -18,6 +18,7 @@ from fairseq_moe_opt.buffering import (
     ROUTER,
     BufferedExperts,
     ExpertPool,
+    HostCompute,
     HostTier,
     PooledLayer,
     Prefetcher,
@@ -25,13 +26,15 @@ from fairseq_moe_opt.buffering import (
     SlotLayout,
     find_policy,
     link_to,
+    measure_layers,
     slot_bytes_for,
 )
 from fairseq_moe_opt.checkpoints import ExpertFiles, ExpertRecords
 from fairseq_moe_opt.errors import OptionError, PlacementError
 from fairseq_moe_opt.moe.cache_report import BufferReport, CacheCounters
-from fairseq_moe_opt.moe.experts import NO_DROPOUT, ExpertDropout
-from fairseq_moe_opt.moe.kernels import choose_kernel
+from fairseq_moe_opt.moe.experts import NO_DROPOUT, ExpertDropout, compute_dtype
+from fairseq_moe_opt.moe.host_waves import host_ffn
+from fairseq_moe_opt.moe.kernels import choose_kernel, get_kernel
 from fairseq_moe_opt.moe.layer import LayerConfig, MoELayer
 from fairseq_moe_opt.moe.protocols import ExpertSource, ExpertStore, PaddedExchange, RoutingObserver, TokenExchange
 from fairseq_moe_opt.moe.report import LayerCounters
@@ -118,8 +121,7 @@ def build_layer(
     config = LayerConfig(
         activation=spec.activation,
         gating=options.gating,
-        # Of the kernels that auto may choose, only this one computes from experts kept apart.
-        kernel="loop" if buffered and options.kernel == "auto" else options.kernel,
+        kernel=_buffered_kernel(options) if buffered else options.kernel,
         expert_masking=spec.expert_masking,
         final_masking=spec.final_masking,
         dropout=spec.dropout,
@@ -142,6 +144,11 @@ def build_layer(
         exchange=exchange,
         padded_exchange=padded_exchange,
     )
+
+
+def _buffered_kernel(options: MoEOptions) -> str:
+    """Of the kernels that auto may choose, only one computes from experts kept apart."""
+    return "loop" if options.kernel == "auto" else options.kernel
 
 
 def _require_expert_dtype(layer: str, option: str, dtype: torch.dtype) -> None:
@@ -207,6 +214,7 @@ def build_buffer(
     pool = ExpertPool(pooled, slots, source.top, find_policy(policy), device=device, link=link_to(device))
     for layer in pooled:
         layer.counters.resident = partial(pool.resident, layer.name)
+    host_compute = _host_compute(pool, source, options, compute_dtype(slot_dtypes[0], dtype))
     if trace is not None:
         pool.recall(trace.visits[-_RECALLED_VISITS:])
     report = BufferReport(
@@ -215,21 +223,23 @@ def build_buffer(
         slot_bytes=pool.arena.slot_bytes,
         arena_bytes=pool.arena.nbytes,
         workspace_bytes=pool.num_readers * source.scratch_bytes,
-        host_bytes=source.host_bytes,
+        host_bytes=0 if source.tier is None else source.tier.arena.nbytes,
+        host_compute_rows=0 if host_compute is None else host_compute.most_rows,
         policy=policy,
         pool=pool_kind,
     )
     prefetcher = _prefetcher(pool, options.prefetch, device)
-    return ExpertBuffer({layer.name: BufferedExperts(pool, layer, prefetcher) for layer in pooled}, report, prefetcher)
+    stores = {layer.name: BufferedExperts(pool, layer, prefetcher, host_compute) for layer in pooled}
+    return ExpertBuffer(stores, report, prefetcher)
 
 
 @dataclass(frozen=True)
 class _Source:
-    """Where misses come from, and the memory it takes: a reader's scratch space, and the tier in main memory."""
+    """Where misses come from, bytes of a reader's scratch space, and the tier in main memory if there is one."""
 
     top: ExpertSource
     scratch_bytes: int
-    host_bytes: int
+    tier: HostTier | None
 
 
 def _source(
@@ -248,13 +258,23 @@ def _source(
     )
     if options.host_memory in (PAGE_CACHE, "0"):
         wanted = {layer.name: _template(layer.experts[0], expert_dtype, dtype) for layer in layers}
-        return _Source(files, files.scratch_bytes_for(wanted, on_cpu=not pinned), 0)
+        return _Source(files, files.scratch_bytes_for(wanted, on_cpu=not pinned), None)
     wanted = {layer.name: _host_template(layer.experts[0], expert_dtype, dtype) for layer in layers}
     layouts = {name: SlotLayout.of(template) for name, template in wanted.items()}
     slot_bytes, experts = slot_bytes_for(layouts.values()), sum(len(layer.experts) for layer in layers)
     slots = num_slots("host_memory", options.host_memory, experts * slot_bytes, slot_bytes, at_least=1, at_most=experts)
     tier = HostTier(files, layouts, slots, pinned=pinned)
-    return _Source(tier, files.scratch_bytes_for(wanted, on_cpu=True), tier.arena.nbytes)
+    return _Source(tier, files.scratch_bytes_for(wanted, on_cpu=True), tier)
+
+
+def _host_compute(pool: ExpertPool, source: _Source, options: MoEOptions, row_dtype: torch.dtype) -> HostCompute | None:
+    """What has experts computed in main memory, its costs timed here; None where every expert is copied."""
+    tier = source.tier
+    if options.host_compute == "off" or tier is None or pool.arena.device.type == "cpu":
+        return None
+    ffn = partial(host_ffn, get_kernel(_buffered_kernel(options)))
+    layers = tuple(pool.layers.values())
+    return HostCompute(tier, measure_layers(layers, tier, pool.arena, row_dtype, ffn))
 
 
 def _pooled(layer: ExpertLayer, expert_dtype: torch.dtype, dtype: torch.dtype) -> PooledLayer:

@@ -23,6 +23,7 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
     "eviction": ("auto", "reuse", "lfru", "lifo", "fifo", "lru", "lfu"),
     "expert_pool": ("auto", "global", "layer"),
     "prefetch": ("auto", "off", "layers", "previous", "router"),
+    "host_compute": ("off", "auto"),
 }
 
 _BUFFERING_ONLY: Mapping[str, object] = {
@@ -30,6 +31,7 @@ _BUFFERING_ONLY: Mapping[str, object] = {
     "eviction": "auto",
     "expert_pool": "auto",
     "prefetch": "auto",
+    "host_compute": "off",
     "warm_start": None,
 }
 """Options without effect while all experts stay in memory, and their defaults."""
@@ -79,6 +81,10 @@ class MoEOptions:
     and router by applying the next layer's router early; off waits until they are asked for. auto takes layers on a CPU
     and router on a GPU."""
 
+    host_compute: str = "off"
+    """auto computes an expert that is in host_memory but not on the GPU where it is, when it has so few rows that
+    copying it would take longer; both are timed at the start. off copies every expert. No effect on a CPU."""
+
     warm_start: str | None = None
     """trace that says which experts to load first."""
 
@@ -118,11 +124,24 @@ class MoEOptions:
                     "'grouped_mm' computes from one tensor of all experts, which expert_memory="
                     f"{self.expert_memory!r} does not keep; use kernel='loop'",
                 )
+            self._check_host_compute()
             return
         for name, default in _BUFFERING_ONLY.items():
             if getattr(self, name) != default:
                 raise OptionError(
                     name, f"{getattr(self, name)!r} has no effect with expert_memory='all'; give expert_memory a size"
+                )
+
+    def _check_host_compute(self) -> None:
+        if self.host_compute == "off":
+            return
+        for name, useless, instead in (
+            ("host_memory", ("0", PAGE_CACHE), "give host_memory a size"),
+            ("gating", ("static",), "leave one of them out"),
+        ):
+            if (value := getattr(self, name)) in useless:
+                raise OptionError(
+                    "host_compute", f"{self.host_compute!r} has no effect with {name}={value!r}; {instead}"
                 )
 
     @classmethod

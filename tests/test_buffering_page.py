@@ -20,7 +20,7 @@ def test_flags_on_the_page_are_options() -> None:
 
 def test_the_table_has_the_options_and_all_their_values() -> None:
     rows = dict(re.findall(r"^\| `(\w+)` \| (`.*?`) \|", PAGE, flags=re.MULTILINE))
-    assert len(rows) == 8
+    assert len(rows) == 9
     assert set(rows) <= set(option_names())
     for name, choices in field_choices().items():
         if name in rows:
@@ -29,4 +29,5 @@ def test_the_table_has_the_options_and_all_their_values() -> None:
 
 def test_the_report_s_fields_are_there() -> None:
     known = {field.name for one in (BufferReport, CacheReport) for field in fields(one)}
-    assert "workspace_bytes" in PAGE and "workspace_bytes" in known
+    for name in ("workspace_bytes", "host_compute_rows", "on_host", "on_host_rows"):
+        assert f"`{name}`" in PAGE and name in known

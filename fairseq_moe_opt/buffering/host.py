@@ -59,7 +59,7 @@ class HostTier:
         entry = self._find(key)
         if entry is not None:
             try:
-                _copy(entry.weights, into)
+                copy_expert(entry.weights, into)
             finally:
                 self._done_with(entry)
             return ExpertRead(TIER, entry.weights.nbytes)
@@ -67,6 +67,25 @@ class HostTier:
         if slot is None:
             return self._inner.load(key, into)
         return self._read_through(key, slot, into)
+
+    def layout(self, layer: str) -> SlotLayout:
+        """Of the experts of ``layer`` as they are kept here."""
+        return self._layouts[layer]
+
+    def borrow(self, key: ExpertKey) -> ExpertWeights | None:
+        """The weights of ``key`` where they are kept, which stay until ``give_back``; None when they are not here."""
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is None:  # asked for again by ``load``, where it counts
+                return None
+            self._note_request(key)
+            entry.readers += 1
+            return entry.weights
+
+    def give_back(self, key: ExpertKey) -> None:
+        """What ``borrow`` gave is no longer read."""
+        with self._lock:
+            self._entries[key].readers -= 1
 
     def resident(self) -> frozenset[ExpertKey]:
         """The experts that are kept now."""
@@ -86,7 +105,7 @@ class HostTier:
             self._filling.discard(key)
             self._entries[key] = entry
         try:
-            _copy(entry.weights, into)
+            copy_expert(entry.weights, into)
         finally:
             self._done_with(entry)
         return read
@@ -125,7 +144,7 @@ class HostTier:
             entry.readers -= 1
 
 
-def _copy(stored: ExpertWeights, into: ExpertWeights) -> None:
-    """Changes dtype and device where they differ."""
+def copy_expert(stored: ExpertWeights, into: ExpertWeights) -> None:
+    """Copy all tensors; changes dtype and device where they differ."""
     for source, target in zip(stored.tensors(), into.tensors(), strict=True):
         target.copy_(source)

@@ -7,10 +7,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fairseq_moe_opt.buffering.pool import ExpertPool, PooledLayer, Slot
+from fairseq_moe_opt.buffering.host_compute import HostCompute
+from fairseq_moe_opt.buffering.pool import ExpertPool, PooledLayer
 from fairseq_moe_opt.buffering.prefetch import Prefetcher
 from fairseq_moe_opt.buffering.visit import Visit
-from fairseq_moe_opt.moe.types import ExpertKey, ExpertWave
+from fairseq_moe_opt.moe.types import ExpertWave
 
 
 class BufferedExperts:
@@ -18,11 +19,23 @@ class BufferedExperts:
 
     Waves are split by expert, never within one, and what is resident comes first; a wave's weights are overwritten
     after the next one was asked for. May be used by several threads at once.
+
+    Args:
+        pool: of all layers.
+        layer: this one.
+        prefetcher: what fetches for the next layer, if anything does.
+        host_compute: what has missing experts computed in main memory, if anything does.
     """
 
-    def __init__(self, pool: ExpertPool, layer: PooledLayer, prefetcher: Prefetcher | None = None) -> None:
+    def __init__(
+        self,
+        pool: ExpertPool,
+        layer: PooledLayer,
+        prefetcher: Prefetcher | None = None,
+        host_compute: HostCompute | None = None,
+    ) -> None:
         self.pool, self.layer = pool, layer
-        self._prefetcher = prefetcher
+        self._prefetcher, self._host_compute = prefetcher, host_compute
 
     @property
     def num_experts(self) -> int:
@@ -49,16 +62,18 @@ class BufferedExperts:
         """Bytes of all experts, were they all in slots."""
         return self.layer.num_experts * self.layer.layout.expert_bytes
 
-    def waves(self, needed: Sequence[int], rows: int | None = None) -> Iterator[ExpertWave]:
+    def waves(
+        self, needed: Sequence[int], rows: int | None = None, counts: Sequence[int] | None = None
+    ) -> Iterator[ExpertWave]:
         """Give every expert of ``needed`` exactly once; CheckpointError when one cannot be fetched."""
         if not needed:
             return
         prefetcher = self._prefetcher
-        for wave in Visit(self.pool, self.layer, needed).waves():
+        for wave in Visit(self.pool, self.layer, needed, self._host_compute, counts).waves():
             if prefetcher is not None:  # once, when what this forward misses is on its way
                 prefetcher.after(self.layer, rows)
                 prefetcher = None
-            yield _wave(wave)
+            yield wave
 
     def look_ahead(self, tokens: Tensor, rows: int) -> None:
         """Tell what (T, D) ``tokens`` the layer was given, and how many rows it routed: predicts the next layer."""
@@ -68,8 +83,3 @@ class BufferedExperts:
     def __deepcopy__(self, memo: dict[int, object]) -> BufferedExperts:
         # Experts never change, so a copied model shares them, and their pool.
         return self
-
-
-def _wave(slots: dict[ExpertKey, Slot]) -> ExpertWave:
-    weights = tuple(slot.weights for slot in slots.values() if slot.weights is not None)
-    return ExpertWave(tuple(key.expert for key in slots), weights)

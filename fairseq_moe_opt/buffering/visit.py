@@ -1,18 +1,20 @@
 """One forward of one layer on its way through the pool.
 
-What is resident is computed first, while the readers fetch what is missing. A slot is reused only once the forward has
-asked for the next wave, that is when it has computed what was in it. A forward waits only while it holds no expert
-that somebody else could wait for, so forwards in several threads never wait for each other in a circle.
+What is resident is computed first, then what is to be computed in main memory, while the readers fetch what is missing.
+A slot is reused only once the forward has asked for the next wave, that is when it has computed what was in it. A
+forward waits only while it holds no expert that somebody else could wait for, so forwards in several threads never wait
+for each other in a circle.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from fairseq_moe_opt.buffering.host_compute import HostCompute
 from fairseq_moe_opt.buffering.pool import ExpertPool, Load, LoadState, PooledLayer, Slot
-from fairseq_moe_opt.moe.types import ExpertKey
+from fairseq_moe_opt.moe.types import ExpertKey, ExpertWave, ExpertWeights
 
 
 @dataclass(frozen=True)
@@ -24,35 +26,54 @@ class _Reuse:
 
 
 class Visit:
-    """A forward of ``layer`` that needs the experts ``needed``."""
+    """A forward of ``layer`` that needs the experts ``needed``.
 
-    def __init__(self, pool: ExpertPool, layer: PooledLayer, needed: Sequence[int]) -> None:
-        self._pool, self._layer = pool, layer
+    With ``host_compute``, and ``counts`` of the rows that each of them gets, some may be computed in main memory.
+    """
+
+    def __init__(
+        self,
+        pool: ExpertPool,
+        layer: PooledLayer,
+        needed: Sequence[int],
+        host_compute: HostCompute | None = None,
+        counts: Sequence[int] | None = None,
+    ) -> None:
+        self._pool, self._layer, self._host_compute = pool, layer, host_compute
         self._group = pool.group(layer)
         self._ready: dict[ExpertKey, Slot] = {}
         self._held: dict[ExpertKey, Slot] = {}
         self._pending: dict[ExpertKey, Load] = {}
         self._reuses: dict[ExpertKey, _Reuse] = {}
         self._unplanned: list[ExpertKey] = []
+        self._borrowed: dict[ExpertKey, ExpertWeights] = {}
+        keys = [ExpertKey(layer.name, expert) for expert in needed]
         with pool.changed:
             pool.arrive(layer, needed)
-            self._obtain([ExpertKey(layer.name, expert) for expert in needed])
+            if host_compute is not None and counts is not None:
+                self._borrow(host_compute, dict(zip(keys, counts, strict=True)))
+            self._obtain([key for key in keys if key not in self._borrowed])
         hits = len(self._ready)
         layer.counters.add_visit(hits, len(needed) - hits)
 
-    def waves(self) -> Iterator[dict[ExpertKey, Slot]]:
-        """Every expert once, with its slot, which is the caller's until the next wave is asked for.
+    def waves(self) -> Iterator[ExpertWave]:
+        """Every expert once; a wave's weights are the caller's until the next one is asked for.
 
         Raises what a fetch raised; the pool is then as good as before, and a later forward may try again.
         """
         try:
+            on_host = self._borrowed
             while True:
                 self._release()
-                wave, stalled = self._next()
-                if not wave:
+                if on_host and not self._ready:
+                    wave, on_host = _wave(on_host, on_host=True), {}
+                    yield wave
+                    continue
+                slots, stalled = self._next()
+                if not slots:
                     return
                 self._layer.counters.add_wave(stalled)
-                yield wave
+                yield _wave({key: slot.weights for key, slot in slots.items() if slot.weights is not None})
         finally:
             self._abandon()
 
@@ -73,6 +94,15 @@ class Visit:
                 start = time.perf_counter()
                 self._pool.changed.wait()
                 stalled += time.perf_counter() - start
+
+    def _borrow(self, host_compute: HostCompute, rows: Mapping[ExpertKey, int]) -> None:
+        """Have missing experts computed in main memory where that is what ``host_compute`` decides."""
+        for key, count in rows.items():
+            if key in self._group.resident or key in self._group.loading:
+                continue
+            if (weights := host_compute.borrow(key, count)) is not None:
+                self._borrowed[key] = weights
+        self._layer.counters.add_on_host(len(self._borrowed), sum(rows[key] for key in self._borrowed))
 
     def _obtain(self, keys: Sequence[ExpertKey]) -> None:
         """Take hold of what is resident, join what is on its way, and have the rest fetched."""
@@ -147,3 +177,10 @@ class Visit:
             for load in self._pending.values():
                 self._pool.leave(load)
             self._held, self._ready, self._pending = {}, {}, {}
+            if self._host_compute is not None:
+                self._host_compute.give_back(self._borrowed)
+                self._borrowed = {}
+
+
+def _wave(weights: Mapping[ExpertKey, ExpertWeights], *, on_host: bool = False) -> ExpertWave:
+    return ExpertWave(tuple(key.expert for key in weights), tuple(weights.values()), on_host=on_host)

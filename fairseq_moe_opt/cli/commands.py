@@ -270,7 +270,9 @@ def translate(job: Translation) -> None:
 
 
 @app.command()
-@with_moe_flags("capacity", "expert_dtype", "expert_memory", "host_memory", "eviction", "expert_pool", "prefetch")
+@with_moe_flags(
+    "capacity", "expert_dtype", "expert_memory", "host_memory", "eviction", "expert_pool", "prefetch", "host_compute"
+)
 def verify(
     path: Checkpoint,
     text: Annotated[

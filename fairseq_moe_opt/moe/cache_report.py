@@ -19,7 +19,9 @@ class CacheReport:
         evictions: experts of this layer that made room for others.
         bytes_read: by tier (``file``, ``host``, ``model``), fetched ahead or not.
         stall_seconds: time that forwards waited for experts.
-        waves: pieces that forwards were cut into.
+        waves: pieces that forwards were cut into, those on the device.
+        on_host: of the misses, experts that were computed in main memory instead of being copied to the device.
+        on_host_rows: rows that were computed there.
         predicted: experts that were predicted for a forward, over the forwards with a prediction.
         predicted_right: those of them that were asked for.
         predicted_of: experts that were asked for in those forwards.
@@ -34,6 +36,8 @@ class CacheReport:
     bytes_read: dict[str, int]
     stall_seconds: float
     waves: int
+    on_host: int
+    on_host_rows: int
     predicted: int
     predicted_right: int
     predicted_of: int
@@ -73,6 +77,7 @@ class BufferReport:
         arena_bytes: of all slots.
         workspace_bytes: the most that readers use beside them, to change dtypes and layouts.
         host_bytes: of the tier in main memory.
+        host_compute_rows: the most rows with which a missing expert can be computed there; 0 where none is.
         policy: what decides which expert makes room.
         pool: ``global`` or ``layer``.
     """
@@ -83,6 +88,7 @@ class BufferReport:
     arena_bytes: int
     workspace_bytes: int
     host_bytes: int
+    host_compute_rows: int
     policy: str
     pool: str
 
@@ -114,6 +120,10 @@ class CacheCounters:
         self._add(waves=1)
         with self._lock:
             self._stall += stall_seconds
+
+    def add_on_host(self, experts: int, rows: int) -> None:
+        """A forward has so many experts computed in main memory, with so many rows together."""
+        self._add(on_host=experts, on_host_rows=rows)
 
     def add_eviction(self) -> None:
         """An expert made room for another."""
@@ -153,6 +163,8 @@ _SUMS = (
     "misses",
     "evictions",
     "waves",
+    "on_host",
+    "on_host_rows",
     "predicted",
     "predicted_right",
     "predicted_of",

@@ -108,7 +108,9 @@ class ResidentExperts:
         """False: the weights stay."""
         return False
 
-    def waves(self, needed: Sequence[int], rows: int | None = None) -> Iterator[ExpertWave]:
+    def waves(
+        self, needed: Sequence[int], rows: int | None = None, counts: Sequence[int] | None = None
+    ) -> Iterator[ExpertWave]:
         """One wave with everything asked for."""
         yield ExpertWave(tuple(needed), tuple(self._load(expert) for expert in needed))
 
@@ -144,7 +146,9 @@ class ResidentPackedExperts:
         """False: the weights stay."""
         return False
 
-    def waves(self, needed: Sequence[int], rows: int | None = None) -> Iterator[ExpertWave]:
+    def waves(
+        self, needed: Sequence[int], rows: int | None = None, counts: Sequence[int] | None = None
+    ) -> Iterator[ExpertWave]:
         """One wave with everything asked for, and the stack."""
         weights = tuple(self._packed.expert(expert) for expert in needed)
         yield ExpertWave(tuple(needed), weights, self._packed)

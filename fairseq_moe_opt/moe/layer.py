@@ -12,6 +12,7 @@ from torch import Tensor
 from fairseq_moe_opt.errors import KernelError
 from fairseq_moe_opt.moe import dispatch as dispatching
 from fairseq_moe_opt.moe.experts import NO_DROPOUT, ExpertDropout, check_activation, compute_dtype, expert_ffn
+from fairseq_moe_opt.moe.host_waves import HostWaves
 from fairseq_moe_opt.moe.kernels import choose_kernel, get_kernel
 from fairseq_moe_opt.moe.local_exchange import LocalExchange, LocalPaddedExchange
 from fairseq_moe_opt.moe.protocols import (
@@ -168,10 +169,15 @@ class MoELayer:
         if not segments:  # nothing was sent here, or no expert is
             return results
         kernel = self._kernel(rows)
+        on_host = HostWaves(rows, kernel)
         by_expert = {segment.expert: segment for segment in segments}
-        for wave in self.store.waves(tuple(by_expert), rows.shape[0]):
+        counts = tuple(segment.stop - segment.start for segment in segments)
+        for wave in self.store.waves(tuple(by_expert), rows.shape[0], counts):
             due = tuple(by_expert[expert] for expert in wave.experts)
-            kernel.run(rows, due, wave, self.config.activation, results[:-1])
+            if wave.on_host:
+                on_host.run(due, wave, self.config.activation, results[:-1])
+            else:
+                kernel.run(rows, due, wave, self.config.activation, results[:-1])
         return results
 
     def _experts_autograd(self, dropout: ExpertDropout, rows: Tensor, segments: tuple[Segment, ...]) -> Tensor:

@@ -73,7 +73,9 @@ class ModuleExperts:
         first, second = fc1._parameters, fc2._parameters
         return ExpertWeights(first["weight"], first["bias"], second["weight"], second["bias"])  # type: ignore[arg-type]
 
-    def waves(self, needed: Sequence[int], rows: int | None = None) -> Iterator[ExpertWave]:
+    def waves(
+        self, needed: Sequence[int], rows: int | None = None, counts: Sequence[int] | None = None
+    ) -> Iterator[ExpertWave]:
         """One wave with everything asked for."""
         yield ExpertWave(tuple(needed), tuple(self.weights(expert) for expert in needed))
 
@@ -108,7 +110,9 @@ class PackedModuleExperts(ModuleExperts):
         super().__init__(pairs)
         self._packed = self._pack()
 
-    def waves(self, needed: Sequence[int], rows: int | None = None) -> Iterator[ExpertWave]:
+    def waves(
+        self, needed: Sequence[int], rows: int | None = None, counts: Sequence[int] | None = None
+    ) -> Iterator[ExpertWave]:
         """One wave with everything asked for, and the stack."""
         if not (self._is_view(0) and self._is_view(len(self.pairs) - 1)):
             self._packed = self._pack()

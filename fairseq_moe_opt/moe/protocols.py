@@ -64,11 +64,14 @@ class ExpertStore(Protocol):
     def transient(self) -> bool:
         """Whether weights are overwritten after their wave, so that no gradient can flow through them later."""
 
-    def waves(self, needed: Sequence[int], rows: int | None = None) -> Iterator[ExpertWave]:
+    def waves(
+        self, needed: Sequence[int], rows: int | None = None, counts: Sequence[int] | None = None
+    ) -> Iterator[ExpertWave]:
         """Give every expert of ``needed`` (ascending, no repeats) exactly once, in as many waves as memory asks for.
 
         ``rows`` is how many rows the call sends to them together, where that is known: few rows mean that the next
-        call will want other experts, many that it will want them all.
+        call will want other experts, many that it will want them all. ``counts`` is how many to each of ``needed``;
+        only a caller that gives it can compute a wave that is ``on_host``.
         """
 
 

@@ -266,14 +266,16 @@ class PackedExperts:
 
 @dataclass(frozen=True)
 class ExpertWave:
-    """Experts that are on the device together, for a kernel to compute.
+    """Experts that are in one place together, for a kernel to compute.
 
     Attributes:
         experts: ids in this wave, ascending.
         weights: the weights of ``experts[i]`` at place i.
         packed: the same as one stack over all E experts, when the store keeps it so; kernels that need it say so.
+        on_host: the weights are in main memory instead of on the device, and to be computed there.
     """
 
     experts: tuple[int, ...]
     weights: tuple[ExpertWeights, ...]
     packed: PackedExperts | None = None
+    on_host: bool = False

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fairseq_moe_opt import build
+from fairseq_moe_opt.buffering import MissCosts
 from fairseq_moe_opt.moe import GShardTop2Router, PackedExperts, available_kernels
 from hf_integration import from_pretrained, optimize
 from tests.helpers.layers import int8_expert, int8_layer, layer_of, moved_expert, random_experts
@@ -82,3 +84,41 @@ def test_buffered_experts_equal_resident_ones(
         for _ in range(3):
             assert torch.equal(logits(model, inputs), expected)
         assert (model.moe.report().buffer.host_bytes > 0) == (host_memory != "0")
+
+
+@pytest.mark.parametrize("expert_dtype", ["checkpoint", "bf16", "int8"])
+def test_experts_computed_in_main_memory_agree(
+    device: torch.device, expert_dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At costs that make it worth while, which those of so small a model are not."""
+    monkeypatch.setattr(
+        build, "measure_layers", lambda layers, *_: {one.name: MissCosts(1.0, 0, 0.01) for one in layers}
+    )
+    tiny_model().save_pretrained(tmp_path)
+    inputs = {name: tensor.to(device) for name, tensor in batch().items()}
+    expected = logits(from_pretrained(tmp_path, device=device, expert_dtype=expert_dtype, kernel="loop"), inputs)
+    model = from_pretrained(
+        tmp_path,
+        device=device,
+        expert_dtype=expert_dtype,
+        expert_memory="25%",
+        host_memory="100%",
+        host_compute="auto",
+        prefetch="off",
+    )
+    tolerance = 1e-4 if expert_dtype == "checkpoint" else 3e-2
+    for _ in range(4):
+        torch.testing.assert_close(logits(model, inputs), expected, rtol=0, atol=tolerance)
+    report = model.moe.report()
+    assert report.buffer.host_compute_rows in (99, 100)
+    assert sum(layer.cache.on_host for layer in report.layers) > 0
+
+
+def test_costs_are_measured_on_the_gpu(device: torch.device, tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    inputs = {name: tensor.to(device) for name, tensor in batch().items()}
+    expected = logits(from_pretrained(tmp_path, device=device, kernel="loop"), inputs)
+    model = from_pretrained(tmp_path, device=device, expert_memory="25%", host_memory="50%", host_compute="auto")
+    for _ in range(3):
+        torch.testing.assert_close(logits(model, inputs), expected, rtol=0, atol=1e-4)
+    assert model.moe.report().buffer.host_compute_rows >= 0

@@ -15,6 +15,7 @@ from fairseq_moe_opt.buffering import (
     BufferedExperts,
     DeviceLink,
     ExpertPool,
+    HostCompute,
     PooledLayer,
     Prefetcher,
     SlotLayout,
@@ -68,6 +69,7 @@ def pool_over(
     depth: int = 4,
     prefetch: str | None = None,
     phases: Mapping[str, str] | None = None,
+    host_compute: HostCompute | None = None,
 ) -> dict[str, BufferedExperts]:
     """A store a layer, all over one pool of ``slots``, or over as many slots each as the sequence says."""
     layers = [
@@ -91,7 +93,7 @@ def pool_over(
         depth=depth,
     )
     prefetcher = None if prefetch is None else Prefetcher(pool, prefetch)
-    return {layer.name: BufferedExperts(pool, layer, prefetcher) for layer in layers}
+    return {layer.name: BufferedExperts(pool, layer, prefetcher, host_compute) for layer in layers}
 
 
 def compute(

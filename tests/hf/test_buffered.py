@@ -166,6 +166,14 @@ def test_the_report_says_what_the_cache_did(folder: Path, tmp_path: Path) -> Non
     assert content["layers"][1]["cache"]["miss_rate"] == report.layers[1].cache.miss_rate
 
 
+def test_on_a_cpu_nothing_is_computed_elsewhere(folder: Path) -> None:
+    model = from_pretrained(folder, expert_memory="30%", host_memory="50%", host_compute="auto")
+    assert torch.equal(logits(model, batch()), logits(from_pretrained(folder), batch()))
+    report = model.moe.report()
+    assert report.buffer.host_compute_rows == 0
+    assert all(layer.cache.on_host == 0 for layer in report.layers)
+
+
 @pytest.mark.parametrize("prefetch", ["off", "previous", "router"])
 @pytest.mark.parametrize("host", ["0", "30%", "page-cache"])
 def test_tiers_and_prefetch_change_no_token(folder: Path, prefetch: str, host: str) -> None:
@@ -301,6 +309,15 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "packed kernel": ({"expert_memory": "25%", "kernel": "grouped_mm"}, "use kernel='loop'"),
     "eviction of nothing": ({"eviction": "lifo"}, r"'eviction': 'lifo' has no effect with expert_memory='all'"),
     "prefetch of nothing": ({"prefetch": "off"}, "'prefetch': 'off' has no effect"),
+    "host computing of nothing": ({"host_compute": "auto"}, "'host_compute': 'auto' has no effect with expert_mem"),
+    "host computing without a tier": (
+        {"expert_memory": "25%", "host_compute": "auto", "host_memory": "page-cache"},
+        "'auto' has no effect with host_memory='page-cache'; give host_memory a size",
+    ),
+    "host computing of padded rows": (
+        {"expert_memory": "25%", "host_compute": "auto", "host_memory": "50%", "gating": "static"},
+        "'auto' has no effect with gating='static'",
+    ),
     "unknown eviction": ({"expert_memory": "25%", "eviction": "belady"}, "not one of auto, reuse, lfru"),
 }
 

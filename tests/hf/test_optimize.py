@@ -260,7 +260,7 @@ def test_a_model_without_experts_is_refused() -> None:
         (
             {"kernl": "loop"},
             r"'kernl': no such option; there are gating, capacity, kernel, expert_dtype, expert_memory, host_memory, "
-            r"eviction, expert_pool, prefetch, warm_start, trace, profile, report$",
+            r"eviction, expert_pool, prefetch, host_compute, warm_start, trace, profile, report$",
         ),
         ({"kernel": "fast"}, r"'kernel': 'fast' is not one of auto, naive, loop, grouped_mm"),
         ({"gating": "none"}, r"'gating': 'none' is not one of dynamic, static"),
