@@ -30,7 +30,7 @@ from fairseq_moe_opt.buffering import (
     slot_bytes_for,
 )
 from fairseq_moe_opt.checkpoints import ExpertFiles, ExpertRecords
-from fairseq_moe_opt.errors import OptionError
+from fairseq_moe_opt.errors import OptionError, PlacementError
 from fairseq_moe_opt.moe.cache_report import BufferReport, CacheCounters
 from fairseq_moe_opt.moe.experts import NO_DROPOUT, ExpertDropout, compute_dtype
 from fairseq_moe_opt.moe.host_waves import host_ffn
@@ -42,6 +42,8 @@ from fairseq_moe_opt.moe.routing import GShardTop2Router, SoftmaxTopKRouter, Top
 from fairseq_moe_opt.moe.trace import Trace, TraceLayer, check_trace, read_trace
 from fairseq_moe_opt.moe.types import ExpertKey, ExpertWeights
 from fairseq_moe_opt.options import PAGE_CACHE, MoEOptions
+from fairseq_moe_opt.parallel import Collectives, ExpertSpread, SlotMap
+from fairseq_moe_opt.placement import Placement, check_made_for
 from fairseq_moe_opt.sizes import num_slots
 
 _RECALLED_VISITS = 20_000
@@ -355,3 +357,46 @@ def _host_template(records: ExpertRecords, expert_dtype: torch.dtype, dtype: tor
     stored = ExpertWeights(**fields)  # type: ignore[arg-type]
     slot = _template(records, expert_dtype, dtype)
     return slot if expert_dtype == torch.int8 or slot.nbytes < stored.nbytes else stored
+
+
+def spread_experts(
+    layers: Sequence[TraceLayer], ranks: Collectives, options: MoEOptions, placement: Placement | None = None
+) -> ExpertSpread:
+    """Give every rank its experts of ``layers``: as ``placement`` says, or in ascending equal parts.
+
+    Raises PlacementError when ``placement`` is of another model or number of ranks, or gives a rank no expert of a
+    layer; OptionError for options that cannot be had on several ranks.
+    """
+    _check_spreadable(options)
+    if placement is None:
+        maps = {layer.name: SlotMap.contiguous(layer.num_experts, ranks.size) for layer in layers}
+    else:
+        fingerprint = Trace(tuple(layers), ()).fingerprint
+        check_made_for(placement, fingerprint, layers[0].num_experts, ranks.size)
+        unplaced = [layer.name for layer in layers if layer.name not in placement.layers]
+        if unplaced:
+            raise PlacementError(f"does not place the layer {unplaced[0]!r} of this model")
+        maps = {layer.name: _slot_map(placement, layer) for layer in layers}
+    for name, slots in maps.items():
+        for rank, experts in enumerate(slots.by_rank):
+            if not experts:
+                raise PlacementError(f"rank {rank} holds no expert of {name!r}: fewer ranks, or another placement")
+    return ExpertSpread(ranks, maps)
+
+
+def _slot_map(placement: Placement, layer: TraceLayer) -> SlotMap:
+    """Replicas that a strategy put on one rank are one there: a second copy would take memory for nothing."""
+    by_rank = tuple(tuple(dict.fromkeys(experts)) for experts in placement.layers[layer.name])
+    return SlotMap(layer.num_experts, by_rank)
+
+
+def _check_spreadable(options: MoEOptions) -> None:
+    if options.gating == "static":
+        raise OptionError("gating", "'static' runs on one rank only; leave it at 'dynamic' where ranks share experts")
+    if options.warm_start is not None:
+        raise OptionError("warm_start", "has no effect where ranks share experts: a trace is of all of them")
+    if options.prefetch == ROUTER:
+        raise OptionError(
+            "prefetch",
+            "'router' knows this rank's tokens only, not what others will send; 'previous' predicts from those",
+        )

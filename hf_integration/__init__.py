@@ -8,18 +8,22 @@ from fairseq_moe_opt.environment import check_torchaudio
 
 check_torchaudio()  # a broken one makes every model import of Transformers fail with a long trace
 
+from hf_integration.expert_parallel import ExpertParallel  # noqa: E402
 from hf_integration.loading import from_pretrained  # noqa: E402
 from hf_integration.optimize import Handle, optimize  # noqa: E402
 from hf_integration.pipelines import TranslationPipeline, pipeline, register, unregister  # noqa: E402
+from hf_integration.synced import generate_batches  # noqa: E402
 from hf_integration.tokenization import MoETranslationTokenizer  # noqa: E402
 
 register()
 
 __all__ = [
+    "ExpertParallel",
     "Handle",
     "MoETranslationTokenizer",
     "TranslationPipeline",
     "from_pretrained",
+    "generate_batches",
     "optimize",
     "pipeline",
     "register",

@@ -5,7 +5,9 @@ The parameters of buffered experts are on the ``meta`` device: they keep their n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -32,38 +34,65 @@ def keep_in_files(
 ) -> None:
     """Make ``model`` say so, in one line, when it is asked for what it cannot do without its experts in memory.
 
-    ``experts`` are the (fc1, fc2) modules of every sparse layer by the layer's name. The model takes no gradients from
-    now on: slots are overwritten after use. Undoing ``patches`` first reads all experts into memory.
+    ``experts`` are the (fc1, fc2) modules of every sparse layer by the layer's name. Undoing ``patches`` first reads
+    all experts into memory.
     """
-    model.requires_grad_(False)
-    for name in experts:
-        block = model.get_submodule(name)
-        patches.on_undo(block.register_state_dict_pre_hook(_refuse_state_dict).remove)
-        patches.set_attribute(block, "_apply", _Apply(block, device, dtype))
-    patches.set_attribute(model, "_apply", _Apply(model, device, dtype))
+    refuse_without_experts(model, experts, patches, device, dtype, Reason("buffered", "with expert_memory='all'"))
     patches.on_undo(Materialize(experts, stores, device))
 
 
-def _refuse_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:
-    raise MoEError(
-        "the experts of this model are buffered, so it has no complete state dict to save: copy the checkpoint it was "
-        "loaded from, or load it with expert_memory='all'"
-    )
+@dataclass(frozen=True)
+class Reason:
+    """Why experts are not in a model: they are ``state``; loading it again ``otherwise`` would have them there."""
+
+    state: str
+    otherwise: str
+
+
+def refuse_without_experts(
+    model: nn.Module,
+    blocks: Iterable[str],
+    patches: Patches,
+    device: torch.device,
+    dtype: torch.dtype,
+    reason: Reason,
+) -> None:
+    """Refuse state dicts, and moves to another device or dtype, of a ``model`` that lacks experts of its ``blocks``.
+
+    The model takes no gradients from now on.
+    """
+    model.requires_grad_(False)
+    for name in blocks:
+        block = model.get_submodule(name)
+        patches.on_undo(block.register_state_dict_pre_hook(_RefuseStateDict(reason)).remove)
+        patches.set_attribute(block, "_apply", _Apply(block, device, dtype, reason))
+    patches.set_attribute(model, "_apply", _Apply(model, device, dtype, reason))
+
+
+class _RefuseStateDict:
+    def __init__(self, reason: Reason) -> None:
+        self._reason = reason
+
+    def __call__(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
+        raise MoEError(
+            f"the experts of this model are {self._reason.state}, so it has no complete state dict to save: copy the "
+            f"checkpoint it was loaded from, or load it {self._reason.otherwise}"
+        )
 
 
 class _Apply:
     """``nn.Module._apply``, behind ``to``, ``half``, ``cuda`` ...: only what changes neither device nor dtype."""
 
-    def __init__(self, module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-        self._module, self._device, self._dtype = module, device, dtype
+    def __init__(self, module: nn.Module, device: torch.device, dtype: torch.dtype, reason: Reason) -> None:
+        self._module, self._device, self._dtype, self._reason = module, device, dtype, reason
 
     def __call__(self, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         probe = torch.empty(0, dtype=self._dtype, device=self._device)
         changed = change(probe)
         if changed.device != probe.device or changed.dtype != probe.dtype:
             raise MoEError(
-                f"the experts of this model are buffered on {self._device} in {self._dtype}: load it again with the "
-                "device and dtype that are wanted"
+                f"the experts of this model are {self._reason.state} on {self._device} in {self._dtype}: load it again "
+                "with the device and dtype that are wanted"
             )
         return self._module
 
@@ -78,17 +107,21 @@ class Materialize:
 
     def __call__(self) -> None:
         """Read all experts; MoEError when there is not enough memory for them, with nothing changed."""
-        wanted = sum(_nbytes(fc1) + _nbytes(fc2) for pairs in self._experts.values() for fc1, fc2 in pairs)
-        there = available_memory(self._device)
-        if there is not None and wanted > there:
-            raise MoEError(
-                f"undo would read all experts into memory: {readable(wanted)}, of which {readable(there)} is "
-                "available; delete the model instead, or load it again with other options"
-            )
+        require_memory(chain.from_iterable(chain(*self._experts.values())), self._device)
         for name, pairs in self._experts.items():
             store = self._stores[name]
             for expert, (fc1, fc2) in enumerate(pairs):
                 _fill(store, ExpertKey(name, expert), fc1, fc2, self._device)
+
+
+def require_memory(experts: Iterable[nn.Module], device: torch.device) -> None:
+    """Raise MoEError unless there is memory for what ``experts`` ask for."""
+    wanted, there = sum(map(_nbytes, experts)), available_memory(device)
+    if there is not None and wanted > there:
+        raise MoEError(
+            f"undo would read all experts into memory: {readable(wanted)}, of which {readable(there)} is "
+            "available; delete the model instead, or load it again with other options"
+        )
 
 
 def available_memory(device: torch.device) -> int | None:

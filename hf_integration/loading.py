@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,9 +27,11 @@ from fairseq_moe_opt.checkpoints.expert_dtypes import NOTE, SCALE_SUFFIX, is_sca
 from fairseq_moe_opt.errors import CheckpointError, NoMoELayerError, OptionError
 from fairseq_moe_opt.moe.int8_linear import Int8Linear
 from fairseq_moe_opt.options import MoEOptions
+from fairseq_moe_opt.parallel import ExpertSpread
 from fairseq_moe_opt.presets import with_preset
-from hf_integration.buffered import keep_in_files
+from hf_integration.buffered import Reason, keep_in_files, refuse_without_experts, require_memory
 from hf_integration.expert_dtypes import prepare_experts, read_int8, resolve_expert_dtype
+from hf_integration.expert_parallel import Compared, ExpertParallel, spread_over_ranks
 from hf_integration.families import nllb_moe
 from hf_integration.optimize import install
 
@@ -46,6 +48,7 @@ def from_pretrained(
     *,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    parallel: ExpertParallel | None = None,
     **options: Any,
 ) -> PreTrainedModel:
     """Load an NLLB-MoE checkpoint, optimised; ``model.moe`` is the handle.
@@ -55,10 +58,13 @@ def from_pretrained(
         dtype: of the weights in memory, a torch dtype or its name; None keeps what ``config.json`` says, else float32.
             Experts may have another one: see the option ``expert_dtype``.
         device: where the model goes; None is the CPU.
+        parallel: ranks that share the experts: each reads its own, and all else. Every rank calls this, and later
+            ``generate``, at the same time. None is one process with all experts.
         options: fields of :class:`~fairseq_moe_opt.options.MoEOptions`, and ``preset``, as for ``optimize``.
 
     Raises CheckpointError for a missing, truncated or foreign checkpoint, NoMoELayerError for another kind of model,
-    OptionError for a wrong option; options are checked before the first weight is read.
+    OptionError for a wrong option, PlacementError for a placement that does not fit, ParallelError when ranks were
+    started with different things; all are checked before the first weight is read.
     """
     wanted = MoEOptions.from_kwargs(**with_preset(options))
     folder = local_folder(path_or_id)
@@ -71,17 +77,27 @@ def from_pretrained(
     dtypes = _Dtypes(_resolve_dtype(dtype, config), expert_dtype, prepare_experts(model, expert_dtype))
     names = _checkpoint_names(model, index)
     _check_shapes(model, index, names)
-    buffer = _buffer(model, index, names, wanted, target, dtypes) if wanted.buffered else None
-    _load_weights(model, index, names, dtypes, target, () if buffer is None else _expert_tensors(model))
+    spread = None
+    if parallel is not None:
+        compared = Compared(index, config, (dtypes.model, dtypes.matrices), wanted)
+        spread, wanted = spread_over_ranks(parallel, nllb_moe.trace_layers(model), compared, target)
+    buffer = _buffer(model, index, names, wanted, target, dtypes, spread) if wanted.buffered else None
+    left_out = _left_out(model, spread, buffer is not None)
+    _load_weights(model, index, names, dtypes, target, left_out)
     model.config._name_or_path = str(path_or_id)
     model.config.dtype = dtypes.model
     if expert_dtype is not None:
         setattr(model.config, NOTE, expert_dtype)
     _load_generation_config(model, folder)
     model.eval()
-    handle = install(model, wanted, buffer)
-    if buffer is not None:
-        experts = {name: nllb_moe.expert_pairs(block) for name, block in nllb_moe.sparse_blocks(model).items()}
+    handle = install(model, wanted, buffer, spread)
+    blocks = nllb_moe.sparse_blocks(model)
+    if spread is not None:
+        reason = Reason(f"spread over {spread.ranks.size} ranks", "without parallel")
+        refuse_without_experts(model, blocks, handle.patches, target, dtypes.model, reason)
+        handle.patches.on_undo(_ReadLeftOut(model, index, names, dtypes, target, left_out))
+    elif buffer is not None:
+        experts = {name: nllb_moe.expert_pairs(block) for name, block in blocks.items()}
         keep_in_files(model, experts, buffer.stores, handle.patches, target, dtypes.model)
     return model
 
@@ -114,8 +130,9 @@ def _buffer(
     options: MoEOptions,
     device: torch.device,
     dtypes: _Dtypes,
+    spread: ExpertSpread | None,
 ) -> ExpertBuffer:
-    """Slots for the experts, which stay where they are in the files."""
+    """Slots for the experts, or this rank's, which stay where they are in the files."""
 
     def find(name: str) -> TensorRecord:
         if name.endswith(SCALE_SUFFIX):
@@ -123,6 +140,9 @@ def _buffer(
         return index[names[name]]
 
     layers = nllb_moe.expert_layers(model, find)
+    if spread is not None:
+        held = {layer.name: spread.held(layer.name) for layer in layers}
+        layers = tuple(replace(one, experts=tuple(one.experts[expert] for expert in held[one.name])) for one in layers)
     return build_buffer(layers, options, device, dtypes.model, dtypes.matrices)
 
 
@@ -188,15 +208,11 @@ def _load_weights(
     """Give every tensor of a storage-less ``model`` but those ``left_out`` its memory and read it there."""
     for name, stored in names.items():
         path, _, leaf = name.rpartition(".")
-        module, own = model.get_submodule(path), dtypes.of(path)
-        if isinstance(module, Int8Linear) and leaf == "weight":
-            if name not in left_out:
-                read_int8(module, index, stored, device)
-        elif name in left_out:
-            setattr(module, leaf, nn.Parameter(torch.empty(index[stored].shape, dtype=own, device="meta")))
-        else:
-            value = torch.empty(index[stored].shape, dtype=own, device=device)
-            setattr(module, leaf, nn.Parameter(read_tensor(index[stored], out=value)))
+        module = model.get_submodule(path)
+        if name not in left_out:
+            _load_tensor(module, leaf, index, stored, dtypes.of(path), device)
+        elif not (isinstance(module, Int8Linear) and leaf == "weight"):
+            setattr(module, leaf, nn.Parameter(torch.empty(index[stored].shape, dtype=dtypes.of(path), device="meta")))
     model.tie_weights()
     _make_buffers(model, dtypes.model, device)
     left = [name for name, tensor in _tensors(model) if tensor.device.type == "meta" and name not in left_out]
@@ -204,10 +220,44 @@ def _load_weights(
         raise CheckpointError(index.path, f"lacks {len(left)} tensors the model needs, first {left[0]!r}")
 
 
-def _expert_tensors(model: PreTrainedModel) -> frozenset[str]:
-    """Names of the parameters and buffers of all experts."""
+def _load_tensor(
+    module: nn.Module, leaf: str, index: CheckpointIndex, stored: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Give the tensor ``leaf`` of ``module`` its memory and read ``stored`` there."""
+    if isinstance(module, Int8Linear) and leaf == "weight":
+        read_int8(module, index, stored, device)
+    else:
+        value = torch.empty(index[stored].shape, dtype=dtype, device=device)
+        setattr(module, leaf, nn.Parameter(read_tensor(index[stored], out=value)))
+
+
+@dataclass(frozen=True)
+class _ReadLeftOut:
+    """The inverse of leaving experts to other ranks, or in the files: they are read."""
+
+    model: PreTrainedModel
+    index: CheckpointIndex
+    names: Mapping[str, str]
+    dtypes: _Dtypes
+    device: torch.device
+    left_out: Collection[str]
+
+    def __call__(self) -> None:
+        """Read them; MoEError when there is not enough memory, with nothing changed."""
+        modules = {name: self.model.get_submodule(name.rpartition(".")[0]) for name in self.left_out}
+        require_memory({id(module): module for module in modules.values()}.values(), self.device)
+        for name in sorted(set(self.left_out) & set(self.names)):
+            path, _, leaf = name.rpartition(".")
+            _load_tensor(modules[name], leaf, self.index, self.names[name], self.dtypes.of(path), self.device)
+
+
+def _left_out(model: PreTrainedModel, spread: ExpertSpread | None, is_buffered: bool) -> frozenset[str]:
+    """Names of the parameters and buffers of experts that are not in the model: all buffered ones, or other ranks'."""
+    if spread is None and not is_buffered:
+        return frozenset()
+    here = {} if spread is None or is_buffered else {name: spread.held(name) for name in spread.slot_maps}
     return frozenset(
-        f"{path}.{leaf}" for path, linear in nllb_moe.expert_linears(model) for leaf, _ in _tensors(linear)
+        f"{path}.{leaf}" for path, linear in nllb_moe.expert_linears(model, here) for leaf, _ in _tensors(linear)
     )
 
 

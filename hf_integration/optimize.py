@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,17 +16,31 @@ from fairseq_moe_opt.errors import OptionError
 from fairseq_moe_opt.moe.report import Report, peak_memory, tokens_by_phase, write_report
 from fairseq_moe_opt.moe.trace import TraceLayer, TraceRecorder, write_trace
 from fairseq_moe_opt.options import MoEOptions
+from fairseq_moe_opt.parallel import ExpertSpread
 from fairseq_moe_opt.presets import with_preset
 from hf_integration.expert_dtypes import require_scales
 from hf_integration.families import family_of
 from hf_integration.patching import Installed, Patches
+from hf_integration.synced import SyncedDecoding
 
 
 class Handle:
-    """What ``optimize`` put into a model: reports on it, and takes it out again."""
+    """What ``optimize`` put into a model: reports on it, and takes it out again.
 
-    def __init__(self, model: nn.Module, installed: Installed, options: MoEOptions) -> None:
+    Attributes:
+        options: that it runs with.
+        decoding: how ranks that share experts generate together; None where this process has them all.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        installed: Installed,
+        options: MoEOptions,
+        decoding: SyncedDecoding | None = None,
+    ) -> None:
         self.options = options
+        self.decoding = decoding
         self._model = model
         self._installed = installed
         self._seconds = 0.0
@@ -68,9 +83,16 @@ class Handle:
         """Note the wall time of a generate call, and write the report and the trace where the options ask for them."""
         self._seconds = seconds
         if self.options.report is not None:
-            write_report(self.report(), self.options.report)
+            write_report(self.report(), self._own(self.options.report))
         if self.options.trace is not None and self._recorder is not None:
-            write_trace(self._recorder.trace(), self.options.trace)
+            write_trace(self._recorder.trace(), self._own(self.options.trace))
+
+    def _own(self, path: str) -> str:
+        """``report.json``, or on one of several ranks ``report.rank-1.json``."""
+        if self.decoding is None:
+            return path
+        whole = Path(path)
+        return str(whole.with_name(f"{whole.stem}.rank-{self.decoding.ranks.rank}{whole.suffix}"))
 
     def record(self, *, choices_limit: int = 0) -> TraceRecorder:
         """A recorder of what the layers route from now on; its ``trace()`` is what it saw so far.
@@ -107,7 +129,8 @@ class _Generate:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self._handle.reset()
         start = time.perf_counter()
-        result = type(self._model).generate(self._model, *args, **kwargs)
+        generate = self._handle.decoding or functools.partial(type(self._model).generate, self._model)
+        result = generate(*args, **kwargs)
         self._handle.finish_call(time.perf_counter() - start)
         return result
 
@@ -135,12 +158,24 @@ def optimize(model: nn.Module, **options: Any) -> Handle:
     return install(model, wanted)
 
 
-def install(model: nn.Module, options: MoEOptions, buffer: ExpertBuffer | None = None) -> Handle:
-    """``optimize`` with options that are checked, over ``buffer`` where the experts are not in the model."""
+def install(
+    model: nn.Module,
+    options: MoEOptions,
+    buffer: ExpertBuffer | None = None,
+    spread: ExpertSpread | None = None,
+) -> Handle:
+    """``optimize`` with options that are checked, over ``buffer`` where the experts are not in the model.
+
+    With ``spread``, only this rank's experts are its own, and ``generate`` is one work of all ranks.
+    """
     family = family_of(model)
     require_scales(model)
-    installed = family.install(model, options, buffer)
-    handle = Handle(model, installed, options)
+    installed = family.install(model, options, buffer, spread)
+    decoding = None
+    if spread is not None and isinstance(model, GenerationMixin):
+        decoding = SyncedDecoding(model, spread.ranks, installed.masks)
+        installed.patches.set_attribute(model, "_has_unfinished_sequences", decoding.has_unfinished)
+    handle = Handle(model, installed, options, decoding)
     if isinstance(model, GenerationMixin):
         installed.patches.set_attribute(model, "generate", _Generate(model, handle))
     installed.patches.set_attribute(model, "moe", handle)

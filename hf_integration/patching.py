@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from fairseq_moe_opt.moe import MoELayer
 from fairseq_moe_opt.moe.cache_report import BufferReport
+
+if TYPE_CHECKING:
+    from hf_integration.padding import PaddingMasks
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,8 @@ class Installed:
         family: its name.
         layers: the engine's layers, in the model's order.
         patches: how to take them out.
-        expert_bytes: bytes of all expert weights.
+        expert_bytes: bytes of all expert weights, or of this rank's.
+        masks: which tokens the layers do not route.
         buffer: of the memory they share; None where all of them stay.
     """
 
@@ -77,4 +81,5 @@ class Installed:
     layers: tuple[MoELayer, ...]
     patches: Patches
     expert_bytes: int
+    masks: PaddingMasks
     buffer: BufferReport | None = None

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -16,9 +16,11 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 import hf_integration.tokenization  # noqa: F401 - registers the tokenizer of converted checkpoints
 from fairseq_moe_opt.errors import CheckpointError, OptionError
+from fairseq_moe_opt.parallel import Collectives
 from hf_integration.decoding import decoding_config
 from hf_integration.loading import local_folder, read_config
 from hf_integration.optimize import Handle
+from hf_integration.synced import generate_batches
 from hf_integration.text import check_languages, is_blank, source_limit
 
 WINDOW_BATCHES = 32
@@ -106,6 +108,7 @@ def translate_lines(
     is cut there and ``on_truncated`` is told. ``on_progress`` is told how many more lines are done. ``generation``
     holds settings of a ``GenerationConfig``; what it leaves open is as in the translation pipeline. The report of
     an optimised model covers all lines, and is written where its options say when the last one is done.
+    Ranks that share experts are given the same lines, share the batches, and all get all translations.
 
     Raises InputError for unknown languages and OptionError for a batch size below 1, both at once.
     """
@@ -114,8 +117,8 @@ def translate_lines(
         raise OptionError("batch_size", f"{batch_size} is not 1 or more")
     languages = {"src_lang": src_lang, "tgt_lang": tgt_lang}
     config, _ = decoding_config(model.generation_config, {}, generation or {}, tokenizer.pad_token_id)
-    job = _Job(model, tokenizer, languages, config, batch_size, on_progress or _ignore, on_truncated or _ignore)
-    return job.run(lines)
+    told = (on_progress or _ignore, on_truncated or _ignore)
+    return _Job(model, tokenizer, languages, config, batch_size, *told).run(lines)
 
 
 def _ignore(_: object) -> None:
@@ -133,6 +136,12 @@ class _Job:
     batch_size: int
     on_progress: Callable[[int], None]
     on_truncated: Callable[[Truncation], None]
+
+    @property
+    def ranks(self) -> Collectives | None:
+        """That share the experts of the model, and the batches."""
+        handle = getattr(self.model, "moe", None)
+        return handle.decoding.ranks if isinstance(handle, Handle) and handle.decoding is not None else None
 
     def run(self, lines: Iterable[str]) -> Iterator[str]:
         handle = getattr(self.model, "moe", None)
@@ -166,12 +175,31 @@ class _Job:
         self._check_ids(rows, forced)
         # The longest first: what does not fit the memory is found at once.
         rows.sort(key=lambda row: -len(row.ids))
-        for first in range(0, len(rows), self.batch_size):
-            batch = rows[first : first + self.batch_size]
-            for row, text in zip(batch, self._generate(batch, forced), strict=True):
-                results[row.place] = text
-            self.on_progress(len(batch))
+        batches = [rows[first : first + self.batch_size] for first in range(0, len(rows), self.batch_size)]
+        for place, text in self._translate_batches(batches, forced):
+            results[place] = text
         return results
+
+    def _translate_batches(self, batches: Sequence[Sequence[_Row]], forced: int | None) -> list[tuple[int, str]]:
+        """Place and translation of every row; ranks that share experts take turns, and learn each other's results."""
+        ranks = self.ranks
+        rank, size = (0, 1) if ranks is None else (ranks.rank, ranks.size)
+        own = batches[rank::size]
+        outputs = generate_batches(
+            self.model,
+            [self._inputs(batch) for batch in own],
+            on_done=lambda call: self.on_progress(sum(map(len, batches[call * size : (call + 1) * size]))),
+            generation_config=self.config,
+            **({} if forced is None else {"forced_bos_token_id": forced}),
+        )
+        done = [
+            (row.place, text)
+            for batch, output in zip(own, outputs, strict=True)
+            for row, text in zip(batch, self._decode(output), strict=True)
+        ]
+        if ranks is None:
+            return done
+        return list(chain.from_iterable(cast("list[list[tuple[int, str]]]", ranks.gather_objects(done))))
 
     def _check_ids(self, rows: Sequence[_Row], forced: int | None) -> None:
         """CheckpointError for ids the model has no embedding of: its tokenizer is another model's."""
@@ -190,18 +218,11 @@ class _Job:
         encoded = build(list(texts), return_tensors=None, verbose=False, **self.languages, **how)
         return list(encoded["input_ids"]), encoded["forced_bos_token_id"]
 
-    def _generate(self, rows: Sequence[_Row], forced: int | None) -> list[str]:
+    def _inputs(self, rows: Sequence[_Row]) -> dict[str, Tensor]:
         ids, mask = pad_rows([row.ids for row in rows], self.tokenizer.pad_token_id or 0)
-        device = self.model.device
-        extra = {} if forced is None else {"forced_bos_token_id": forced}
-        # The class's own generate: the optimised one starts a new report with every call, and this is one job.
-        output = type(self.model).generate(
-            self.model,
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            generation_config=self.config,
-            **extra,
-        )
+        return {"input_ids": ids.to(self.model.device), "attention_mask": mask.to(self.model.device)}
+
+    def _decode(self, output: Tensor) -> list[str]:
         texts: list[str] = self.tokenizer.batch_decode(
             output, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )

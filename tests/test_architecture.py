@@ -46,6 +46,7 @@ BROKEN = [
     ("arrows", "fairseq_moe_opt/models/nllb.py", "from hf_integration import optimize"),
     ("arrows", "hf_integration/optimize.py", "from fairseq_moe_opt.cli import main"),
     ("arrows", "hf_integration/optimize.py", "from fairseq_moe_opt.models import nllb"),
+    ("arrows", "hf_integration/optimize.py", "from hf_integration.launch import translate"),
     ("arrows", "fairseq_moe_opt/errors.py", "from fairseq_moe_opt.moe.types import Routing"),
     ("arrows", "fairseq_moe_opt/newroom/thing.py", ""),
     ("hosts", "fairseq_moe_opt/moe/layer.py", "import transformers"),

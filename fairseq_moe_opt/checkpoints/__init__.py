@@ -2,6 +2,7 @@
 
 from fairseq_moe_opt.checkpoints.convert import Conversion, convert
 from fairseq_moe_opt.checkpoints.expert_files import ExpertFiles, ExpertRecords
+from fairseq_moe_opt.checkpoints.fingerprint import checkpoint_fingerprint
 from fairseq_moe_opt.checkpoints.opening import open_index
 from fairseq_moe_opt.checkpoints.records import CheckpointIndex, TensorRecord, read_tensor
 
@@ -11,6 +12,7 @@ __all__ = [
     "ExpertFiles",
     "ExpertRecords",
     "TensorRecord",
+    "checkpoint_fingerprint",
     "convert",
     "open_index",
     "read_tensor",

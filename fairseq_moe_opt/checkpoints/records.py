@@ -75,6 +75,9 @@ class CheckpointIndex(Mapping[str, TensorRecord]):
     def __contains__(self, name: object) -> bool:
         return name in self.records
 
+    def __deepcopy__(self, memo: dict[int, object]) -> CheckpointIndex:
+        return self  # nothing in it ever changes
+
     @property
     def files(self) -> tuple[Path, ...]:
         """Every file that holds a tensor, in order of first use."""

@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 import fairseq_moe_opt
-from fairseq_moe_opt.cli.flags import Dtype, ExpertDtype, with_moe_flags
+from fairseq_moe_opt.cli.flags import Dtype, ExpertDtype, taking, with_moe_flags
+from fairseq_moe_opt.cli.translating import Translation, translate_file
 from fairseq_moe_opt.errors import MoEError
 
 NAME = "moe-opt"
@@ -37,14 +38,14 @@ Device = Annotated[
 ]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, commands: typer.Typer = app) -> int:
     """Run the command line ``argv`` (without the program's name); returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     # Taken out here, so that it works before and after the name of a command.
     debug = _DEBUG in arguments
     arguments = [argument for argument in arguments if argument != _DEBUG]
     try:
-        code = app(arguments, prog_name=NAME, standalone_mode=False)
+        code = commands(arguments, prog_name=commands.info.name, standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except BrokenPipeError:
@@ -212,9 +213,8 @@ def convert(
         typer.echo(f"note: {note}")
 
 
-@app.command()
 @with_moe_flags()
-def translate(
+def translation(
     path: Checkpoint,
     file: Annotated[str, typer.Argument(metavar="[FILE|-]", help="UTF-8 text, a sentence a line")] = "-",
     src_lang: SrcLang = None,
@@ -240,31 +240,33 @@ def translate(
     ] = None,
     *,
     moe_options: dict[str, Any],
-) -> None:
+) -> Translation:
+    """What the flags of ``translate`` ask for."""
+    if max_length is not None and max_new_tokens is not None:
+        raise typer.BadParameter("--max-length and --max-new-tokens say the same thing: give one of them")
+    generation = {"num_beams": num_beams, "max_length": max_length, "max_new_tokens": max_new_tokens}
+    return Translation(
+        checkpoint=path,
+        source=file,
+        destination=None if output is None or str(output) == "-" else output,
+        languages=(src_lang, tgt_lang),
+        batch_size=batch_size,
+        generation={name: value for name, value in generation.items() if value is not None},
+        dtype=None if dtype is None else dtype.value,
+        device=device,
+        threads=threads,
+        options=moe_options,
+    )
+
+
+@app.command()
+@taking(translation)
+def translate(job: Translation) -> None:
     """Translate text, a line a sentence: one line out for each line in, in the same order.
 
     An empty line stays empty. A line of more tokens than the model takes is cut, with a warning.
     """
-    from fairseq_moe_opt.cli.translating import Translation, translate_file
-
-    if max_length is not None and max_new_tokens is not None:
-        raise typer.BadParameter("--max-length and --max-new-tokens say the same thing: give one of them")
-    generation = {"num_beams": num_beams, "max_length": max_length, "max_new_tokens": max_new_tokens}
-    translate_file(
-        Translation(
-            checkpoint=path,
-            source=file,
-            destination=None if output is None or str(output) == "-" else output,
-            languages=(src_lang, tgt_lang),
-            batch_size=batch_size,
-            generation={name: value for name, value in generation.items() if value is not None},
-            dtype=None if dtype is None else dtype.value,
-            device=device,
-            threads=threads,
-            options=moe_options,
-        ),
-        say,
-    )
+    translate_file(job, say)
 
 
 @app.command()

@@ -5,14 +5,16 @@ from __future__ import annotations
 import enum
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
 from fairseq_moe_opt.options import MoEOptions, field_choices, field_help
 from fairseq_moe_opt.presets import PRESET, PRESET_HELP, with_preset
+
+T = TypeVar("T")
 
 PREFIX = "moe_"
 PANEL = "Mixture-of-Experts runtime"
@@ -42,7 +44,7 @@ class ExpertDtype(str, enum.Enum):
     INT8 = "int8"
 
 
-def with_moe_flags(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def with_moe_flags(*names: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
     """Give a command a flag for each of the options ``names`` (none: all of them, and ``--moe-preset``).
 
     The command takes what the user gave as one mapping, its parameter ``moe_options``, fit for
@@ -50,21 +52,43 @@ def with_moe_flags(*names: str) -> Callable[[Callable[..., None]], Callable[...,
     """
     wanted = names or (PRESET, *(field.name for field in fields(MoEOptions)))
 
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+    def decorate(command: Callable[..., T]) -> Callable[..., T]:
         @functools.wraps(command)
-        def run(**values: Any) -> None:
+        def run(**values: Any) -> T:
             given = {name: _plain(values.pop(PREFIX + name)) for name in wanted}
             options = with_preset({name: value for name, value in given.items() if value is not None})
-            command(**values, **{PARAMETER: options})
+            return command(**values, **{PARAMETER: options})
 
         own = inspect.signature(command, eval_str=True).parameters.values()
         parameters = [one for one in own if one.name != PARAMETER] + [_flag(name) for name in wanted]
-        # What typer reads: the signature for order and defaults, the annotations for types.
-        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        run.__annotations__ = {one.name: one.annotation for one in parameters}
+        _declare(run, parameters)
         return run
 
     return decorate
+
+
+def taking(make: Callable[..., T]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the flags of ``make``: it takes what that makes of them first, then flags of its own."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        shared = list(inspect.signature(make, eval_str=True).parameters.values())
+        own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+
+        @functools.wraps(command)
+        def run(**values: Any) -> None:
+            kept = {one.name: values.pop(one.name) for one in own}
+            command(make(**values), **kept)
+
+        _declare(run, [*shared, *(one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in own)])
+        return run
+
+    return decorate
+
+
+def _declare(function: Callable[..., Any], parameters: Sequence[inspect.Parameter]) -> None:
+    """Set what typer reads: the signature for order and defaults, the annotations for types."""
+    function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    function.__annotations__ = {one.name: one.annotation for one in parameters}
 
 
 def flag_name(option: str) -> str:

@@ -28,9 +28,9 @@ class _LinesPerSecond(ProgressColumn):
 
 
 @contextmanager
-def line_progress(total: int | None) -> Iterator[Callable[[int], None]]:
+def line_progress(total: int | None, *, is_shown: bool = True) -> Iterator[Callable[[int], None]]:
     """A function to call with the number of lines just done; a bar on standard error if that is a terminal."""
-    if not sys.stderr.isatty():
+    if not (is_shown and sys.stderr.isatty()):
         yield lambda _: None
         return
     columns = (
@@ -47,9 +47,9 @@ def line_progress(total: int | None) -> Iterator[Callable[[int], None]]:
 
 
 @contextmanager
-def status(message: str) -> Iterator[None]:
+def status(message: str, *, is_shown: bool = True) -> Iterator[None]:
     """``message`` with a spinner on standard error while the block runs, if that is a terminal."""
-    if not sys.stderr.isatty():
+    if not (is_shown and sys.stderr.isatty()):
         yield
         return
     with Console(stderr=True).status(message):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,7 @@ from fairseq_moe_opt.cli.text_files import (
 from fairseq_moe_opt.options import MoEOptions
 
 if TYPE_CHECKING:
+    from hf_integration.expert_parallel import ExpertParallel
     from hf_integration.translate import Truncation
 
 
@@ -39,30 +42,61 @@ class Translation:
     options: Mapping[str, Any]
 
 
-def translate_file(job: Translation, say: Callable[[str], None]) -> None:
-    """Do ``job``; ``say`` gets warnings and notes, one line each."""
+@dataclass(frozen=True)
+class Output:
+    """Where translations go: ``write`` takes the next line; ``kept`` lines of an earlier run are there already."""
+
+    kept: int
+    write: Callable[[str], None]
+
+
+@contextmanager
+def whole_output(destination: Path | None) -> Iterator[Output]:
+    """All lines in one go."""
+    with line_writer(destination) as write:
+        yield Output(0, write)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a process does of a translation: all of it, or as one of several ranks.
+
+    Attributes:
+        parallel: ranks that share the experts and the work.
+        output: opens the destination.
+        is_shown: whether it draws progress.
+    """
+
+    parallel: ExpertParallel | None = None
+    output: Callable[[Path | None], AbstractContextManager[Output]] = whole_output
+    is_shown: bool = True
+
+
+def translate_file(job: Translation, say: Callable[[str], None], part: Part = Part()) -> None:
+    """Do ``part`` of ``job``; ``say`` gets warnings and notes, one line each."""
     options = MoEOptions.from_kwargs(**job.options)
     total = _check_files(job, options, say)
     from hf_integration.translate import translate_lines
 
-    model, tokenizer = load_model(job)
+    model, tokenizer = load_model(job, part)
     warnings = Warnings(say)
     with (
         open_lines(job.source) as stream,
-        line_writer(job.destination) as write,
-        line_progress(total) as advance,
+        part.output(job.destination) as output,
+        line_progress(total, is_shown=part.is_shown) as advance,
     ):
+        advance(output.kept)
         for line in translate_lines(
             model,
             tokenizer,
-            decoded(stream, job.source),
+            islice(decoded(stream, job.source), output.kept, None),
             *job.languages,
             batch_size=job.batch_size,
             generation=job.generation,
             on_progress=advance,
-            on_truncated=lambda cut: warnings.add(truncation_message(cut)),
+            on_truncated=lambda cut: warnings.add(truncation_message(replace(cut, line=cut.line + output.kept))),
         ):
-            write(line)
+            output.write(line)
     warnings.finish()
     if options.profile:
         report = model.moe.report()
@@ -70,8 +104,8 @@ def translate_file(job: Translation, say: Callable[[str], None]) -> None:
         say(f"{report.seconds:.2f} s, of which in Mixture-of-Experts layers: {steps}")
 
 
-def load_model(job: Translation) -> tuple[Any, Any]:
-    """The model and the tokenizer of ``job``; what is wrong with its device or languages is found first."""
+def load_model(job: Translation, part: Part = Part()) -> tuple[Any, Any]:
+    """The model and the tokenizer of ``part`` of ``job``; what is wrong with its device or languages is found first."""
     import torch
 
     from hf_integration import from_pretrained
@@ -85,8 +119,9 @@ def load_model(job: Translation) -> tuple[Any, Any]:
     dtype = choose_dtype(job.checkpoint, job.dtype, device)
     tokenizer = load_tokenizer(job.checkpoint)
     check_languages(tokenizer, *job.languages)
-    with status(f"loading {job.checkpoint}"):
-        return from_pretrained(job.checkpoint, dtype=dtype, device=device, **job.options), tokenizer
+    with status(f"loading {job.checkpoint}", is_shown=part.is_shown):
+        model = from_pretrained(job.checkpoint, dtype=dtype, device=device, parallel=part.parallel, **job.options)
+    return model, tokenizer
 
 
 def truncation_message(cut: Truncation) -> str:

@@ -13,11 +13,13 @@ from fairseq_moe_opt.parallel.groups import expert_group, group_ranks
 from fairseq_moe_opt.parallel.padded import PaddedAllToAllExchange
 from fairseq_moe_opt.parallel.process_group import ProcessGroupRanks
 from fairseq_moe_opt.parallel.slot_map import SlotMap
+from fairseq_moe_opt.parallel.spread import ExpertSpread
 
 __all__ = [
     "AllReduceExchange",
     "AllToAllExchange",
     "Collectives",
+    "ExpertSpread",
     "FakeRanks",
     "PaddedAllToAllExchange",
     "ProcessGroupRanks",

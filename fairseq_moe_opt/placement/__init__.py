@@ -10,7 +10,7 @@ from fairseq_moe_opt.placement.evaluate import (
     network_bytes,
     rank_loads,
 )
-from fairseq_moe_opt.placement.files import read_placement, write_placement
+from fairseq_moe_opt.placement.files import check_made_for, read_placement, write_placement
 from fairseq_moe_opt.placement.history import LoadHistory, history_of, read_history
 from fairseq_moe_opt.placement.replan import replan
 from fairseq_moe_opt.placement.strategies import DEFAULT_STRATEGY, Strategy, place, register_strategy, strategy_names
@@ -28,6 +28,7 @@ __all__ = [
     "NetworkBytes",
     "Placement",
     "Strategy",
+    "check_made_for",
     "evaluate",
     "history_of",
     "layer_balance",

@@ -56,7 +56,7 @@ def read_placement(
     """
     try:
         placement = _parsed(json.loads(Path(path).read_text(encoding="utf-8")))
-        _check_made_for(placement, fingerprint, num_experts, num_ranks)
+        check_made_for(placement, fingerprint, num_experts, num_ranks)
     except PlacementError as error:
         raise PlacementError(f"{fspath(path)}: {error}") from None
     except OSError as error:
@@ -92,9 +92,10 @@ def _slots(name: str, slots: Any) -> RankSlots:
     return tuple(map(tuple, slots))
 
 
-def _check_made_for(
+def check_made_for(
     placement: Placement, fingerprint: str | None, num_experts: int | None, num_ranks: int | None
 ) -> None:
+    """Raise PlacementError unless ``placement`` is for such a model and job; None and no fingerprint fit all."""
     if num_experts is not None and placement.num_experts != num_experts:
         raise PlacementError(f"made for {placement.num_experts} experts; the model has {num_experts}")
     if num_ranks is not None and placement.num_ranks != num_ranks:

@@ -10,6 +10,7 @@ from torch import nn
 from fairseq_moe_opt.build import ExpertBuffer
 from fairseq_moe_opt.errors import NoMoELayerError
 from fairseq_moe_opt.options import MoEOptions
+from fairseq_moe_opt.parallel import ExpertSpread
 from hf_integration.families import nllb_moe
 from hf_integration.patching import Installed
 
@@ -25,8 +26,17 @@ class Family(Protocol):
     def expert_linears(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """Name and module of every linear layer of every expert."""
 
-    def install(self, model: nn.Module, options: MoEOptions, buffer: ExpertBuffer | None = None) -> Installed:
-        """Put the engine's layers in place of the model's own, over ``buffer`` where experts are buffered."""
+    def install(
+        self,
+        model: nn.Module,
+        options: MoEOptions,
+        buffer: ExpertBuffer | None = None,
+        spread: ExpertSpread | None = None,
+    ) -> Installed:
+        """Put the engine's layers in place of the model's own.
+
+        Experts come from ``buffer`` where they are buffered; with ``spread``, only this rank's do.
+        """
 
 
 FAMILIES: tuple[Family, ...] = (nllb_moe,)

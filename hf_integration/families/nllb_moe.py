@@ -9,9 +9,9 @@ probability, as fairseq's expert output masking does (Transformers applies eleme
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
-from typing import Any, cast
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,10 @@ from fairseq_moe_opt.checkpoints.expert_dtypes import SCALE_SUFFIX
 from fairseq_moe_opt.moe import CapacityRule, GShardTop2Router, MoELayer
 from fairseq_moe_opt.moe.int8_linear import Int8Linear
 from fairseq_moe_opt.moe.module_experts import Int8ModuleExperts, ModuleExperts, PackedModuleExperts
+from fairseq_moe_opt.moe.trace import TraceLayer
 from fairseq_moe_opt.options import MoEOptions
+from fairseq_moe_opt.parallel import ExpertSpread
+from hf_integration.padding import PaddingMasks, watch_padding
 from hf_integration.patching import Installed, Patches
 
 NAME = "nllb-moe"
@@ -40,34 +43,43 @@ MODEL_TYPE = "nllb-moe"
 PHASES = ("encoder", "decoder")
 _LINEARS = ("fc1", "fc2")
 
+Pairs = Sequence[tuple[nn.Module, nn.Module]]
+"""(fc1, fc2) of experts."""
+
 
 def matches(model: nn.Module) -> bool:
     """Whether ``model`` holds a sparse layer of this family."""
     return any(True for _ in _blocks(model))
 
 
-def install(model: nn.Module, options: MoEOptions, buffer: ExpertBuffer | None = None) -> Installed:
+def install(
+    model: nn.Module, options: MoEOptions, buffer: ExpertBuffer | None = None, spread: ExpertSpread | None = None
+) -> Installed:
     """Replace the forward of every sparse layer; parameters, modules and their names stay.
 
-    With ``buffer``, experts come from its stores; their own parameters hold nothing.
+    With ``buffer``, experts come from its stores; their own parameters hold nothing. With ``spread``, only this rank's
+    experts are here, and rows travel to those of others.
     """
     patches = Patches()
-    masks = _watch_padding(model, patches)
+    masks = watch_padding(model, PHASES, patches)
     layers: list[MoELayer] = []
     expert_bytes = 0
     for name, block in _blocks(model):
         spec = layer_spec(name, cast(NllbMoeConfig, model.config))
-        expert_bytes += _module_experts(block).nbytes
-        store = _expert_store(block, options, patches) if buffer is None else buffer.stores[name]
+        pairs = expert_pairs(block)
+        held = pairs if spread is None else [pairs[expert] for expert in spread.held(name)]
+        expert_bytes += _module_experts(held).nbytes
+        store = _expert_store(held, options, patches) if buffer is None else buffer.stores[name]
+        exchange = None if spread is None else spread.exchange(name)
         router_forward = _GateForward(block.router)
-        layer = build_layer(spec, options, _Gate(block.router), store)
+        layer = build_layer(spec, options, _Gate(block.router), store, exchange=exchange)
         patches.replace_forward(block.router, router_forward)
         patches.replace_forward(block, _BlockForward(block, layer, masks, spec.phase))
         layers.append(layer)
     if buffer is None:
-        return Installed(NAME, tuple(layers), patches, expert_bytes)
+        return Installed(NAME, tuple(layers), patches, expert_bytes, masks)
     connect_routers(layers, [_QuietGate(block.router) for _, block in _blocks(model)], buffer)
-    return Installed(NAME, tuple(layers), patches, expert_bytes, buffer.report)
+    return Installed(NAME, tuple(layers), patches, expert_bytes, masks, buffer.report)
 
 
 def expert_layers(model: nn.Module, records: Callable[[str], TensorRecord]) -> tuple[ExpertLayer, ...]:
@@ -80,6 +92,11 @@ def expert_layers(model: nn.Module, records: Callable[[str], TensorRecord]) -> t
         )
         for name, block in _blocks(model)
     )
+
+
+def trace_layers(model: nn.Module) -> tuple[TraceLayer, ...]:
+    """Name, phase and E of every sparse layer."""
+    return tuple(TraceLayer(name, phase_of(name), block.num_experts) for name, block in _blocks(model))
 
 
 def _records(prefix: str, find: Callable[[str], TensorRecord]) -> dict[str, TensorRecord]:
@@ -101,10 +118,17 @@ def expert_pairs(block: NllbMoeSparseMLP) -> list[tuple[nn.Module, nn.Module]]:
     return [(expert.fc1, expert.fc2) for expert in experts]
 
 
-def expert_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Name and module of every expert's ``fc1`` and ``fc2``, in the model's order."""
+def expert_linears(
+    model: nn.Module, but_of: Mapping[str, Collection[int]] = MappingProxyType({})
+) -> Iterator[tuple[str, nn.Module]]:
+    """Name and module of every expert's ``fc1`` and ``fc2``, in the model's order.
+
+    ``but_of``: experts of a layer, by its name, that are left out.
+    """
     for name, block in _blocks(model):
         for index, pair in enumerate(expert_pairs(block)):
+            if index in but_of.get(name, ()):
+                continue
             for layer, linear in zip(_LINEARS, pair, strict=True):
                 yield f"{name}.experts.expert_{index}.{layer}", linear
 
@@ -134,67 +158,17 @@ def _blocks(model: nn.Module) -> Iterator[tuple[str, NllbMoeSparseMLP]]:
             yield name, module
 
 
-def _expert_store(block: NllbMoeSparseMLP, options: MoEOptions, patches: Patches) -> ModuleExperts:
-    weight = cast(Tensor, expert_pairs(block)[0][0].weight)
+def _expert_store(pairs: Pairs, options: MoEOptions, patches: Patches) -> ModuleExperts:
+    weight = cast(Tensor, pairs[0][0].weight)
     if not needs_packed_experts(options, weight.device, weight.dtype):
-        return _module_experts(block)
-    packed = PackedModuleExperts(expert_pairs(block))
+        return _module_experts(pairs)
+    packed = PackedModuleExperts(pairs)
     patches.on_undo(packed.unpack)
     return packed
 
 
-def _module_experts(block: NllbMoeSparseMLP) -> ModuleExperts:
-    pairs = expert_pairs(block)
+def _module_experts(pairs: Pairs) -> ModuleExperts:
     return Int8ModuleExperts(pairs) if isinstance(pairs[0][0], Int8Linear) else ModuleExperts(pairs)
-
-
-class _PaddingMasks(threading.local):
-    """The padding of the tokens that a phase's layers are computing now, (B, T) bool, in this thread.
-
-    Taken from the encoder's or decoder's own two-dimensional mask: the four-dimensional one that layers are handed
-    has lost which tokens are padding once a cache is in use.
-    """
-
-    def __init__(self) -> None:
-        self.known: dict[str, Tensor | None] = {}
-
-    def __deepcopy__(self, memo: dict[int, object]) -> _PaddingMasks:
-        return _PaddingMasks()
-
-    def __reduce__(self) -> tuple[type[_PaddingMasks], tuple[()]]:
-        return _PaddingMasks, ()
-
-
-def _watch_padding(model: nn.Module, patches: Patches) -> _PaddingMasks:
-    masks = _PaddingMasks()
-    for name, module in model.named_modules():
-        phase = name.rpartition(".")[2]
-        if phase in PHASES and hasattr(module, "layers"):
-            before = module.register_forward_pre_hook(_NoteMask(masks, phase), with_kwargs=True)
-            after = module.register_forward_hook(_ForgetMask(masks, phase), always_call=True)
-            patches.on_undo(before.remove)
-            patches.on_undo(after.remove)
-    return masks
-
-
-class _NoteMask:
-    def __init__(self, masks: _PaddingMasks, phase: str) -> None:
-        self._masks, self._phase = masks, phase
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-        if mask is None:
-            self._masks.known[self._phase] = None
-        elif isinstance(mask, Tensor) and mask.dim() == 2:
-            self._masks.known[self._phase] = mask == 0
-
-
-class _ForgetMask:
-    def __init__(self, masks: _PaddingMasks, phase: str) -> None:
-        self._masks, self._phase = masks, phase
-
-    def __call__(self, *_: Any) -> None:
-        self._masks.known.pop(self._phase, None)
 
 
 class _GateForward:
@@ -234,33 +208,26 @@ class _QuietGate:
 class _BlockForward:
     """``NllbMoeSparseMLP.forward`` through the engine: (B, T, D) to (B, T, D)."""
 
-    def __init__(self, block: NllbMoeSparseMLP, layer: MoELayer, masks: _PaddingMasks, phase: str) -> None:
+    def __init__(self, block: NllbMoeSparseMLP, layer: MoELayer, masks: PaddingMasks, phase: str) -> None:
         self._block, self._layer, self._masks, self._phase = block, layer, masks, phase
         self.__wrapped__ = type(block).forward.__get__(block)
 
     def __call__(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         batch, length, width = hidden_states.shape
-        padding = self._padding(padding_mask, batch, length)
+        padding = self._padding(padding_mask, hidden_states)
         tokens = hidden_states.reshape(batch * length, width)
         result = self._layer(tokens, padding, training=self._block.training)
         return result.output.view(batch, length, width)
 
-    def _padding(self, given: Tensor | None, batch: int, length: int) -> Tensor | None:
-        """(B*T,) bool, or None when no token is padding or padding is to be routed like any token.
+    def _padding(self, given: Tensor | None, hidden_states: Tensor) -> Tensor | None:
+        """(B*T,) bool, or None when every token is routed: no padding, or padding is to be routed like any token.
 
         ``router_ignore_padding_tokens=False`` means that padding is not routed, whatever its name suggests.
         """
+        unwanted = self._masks.unwanted(hidden_states, self._phase)
         if self._block.router.router_ignore_padding_tokens:
-            return None
-        known = self._masks.known.get(self._phase, given)
-        if known is None:
-            return None
-        if known.dim() == 4:
-            known = _masked_columns(known)
-        return known[:, -length:].reshape(batch * length).bool() if known.shape[1] >= length else None
-
-
-def _masked_columns(mask: Tensor) -> Tensor:
-    """(B, columns) bool from a four-dimensional attention mask: columns that the last query may not attend to."""
-    last = mask[:, 0, -1, :]
-    return ~last if last.dtype == torch.bool else last < 0
+            return unwanted
+        padding = self._masks.padding(given, hidden_states, self._phase)
+        if padding is None or unwanted is None:
+            return unwanted if padding is None else padding
+        return padding | unwanted

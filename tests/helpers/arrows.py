@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import PurePosixPath
 
 ENGINE, HF = "fairseq_moe_opt", "hf_integration"
+LAUNCH = f"{HF}.launch"
 
 # The lowest stones: they know at most each other.
 BOTTOM = frozenset(
@@ -30,7 +31,7 @@ BOTTOM = frozenset(
 SIBLINGS = frozenset({"moe", "buffering", "placement", "parallel", "checkpoints", "profiling"})
 HOSTS: Mapping[str, frozenset[str]] = {
     "fairseq": frozenset({"models", "tasks"}),
-    "transformers": frozenset({HF}),
+    "transformers": frozenset({HF, LAUNCH}),
 }
 
 _MIDDLE = frozenset({"options", "presets", "build", "rank_caches"})
@@ -56,6 +57,7 @@ MAY_IMPORT: Mapping[str, frozenset[str]] = {
     "tasks": _BELOW_TOP | {"models"},
     HF: _BELOW_TOP,
     "cli": _BELOW_TOP | {HF},
+    LAUNCH: _BELOW_TOP | {HF, "cli"},  # a command line of its own, with the commands of cli
 }
 
 # What the forward pass of a layer may take from outside the project.
@@ -76,6 +78,8 @@ def module_name(path: str) -> str:
 
 def room_of(module: str) -> str:
     """The room that ``module`` (a dotted name, which may go on into a name of the module) belongs to."""
+    if module == LAUNCH or module.startswith(f"{LAUNCH}."):
+        return LAUNCH
     if module == HF or module.startswith(f"{HF}."):
         return HF
     if module == ENGINE:

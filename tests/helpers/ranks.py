@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
+from fairseq_moe_opt.errors import MoEError
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -51,8 +53,8 @@ def start_ranks(
     seconds after the first one that ended, are killed.
     """
     context = multiprocessing.get_context("forkserver")
-    # Loading torch once, not once a process, is most of the speed of these tests.
-    context.set_forkserver_preload(["torch", "torch.distributed", "fairseq_moe_opt.moe", "fairseq_moe_opt.parallel"])
+    # Loading torch and Transformers once, not once a process, is most of the speed of these tests.
+    context.set_forkserver_preload(["torch.distributed", "fairseq_moe_opt.parallel", "hf_integration.translate"])
     with tempfile.TemporaryDirectory(prefix="ranks-") as name:
         folder = Path(name)
         processes = [
@@ -113,7 +115,7 @@ def _rank(
             value = body(*arguments)
     except Exception as caught:
         # Its message is what is looked at; what an exception holds besides may not travel.
-        error, trace = type(caught)(str(caught)), traceback.format_exc()
+        error, trace = without_content(caught), traceback.format_exc()
     seconds = time.monotonic() - start
     partial = folder / f"{rank}.partial"
     partial.write_bytes(pickle.dumps((value, error, trace, seconds)))
@@ -121,3 +123,11 @@ def _rank(
     if error is None:
         dist.destroy_process_group()
     os._exit(0)  # a group that failed is not waited for
+
+
+def without_content(error: Exception) -> Exception:
+    """One of the same class and message, or of MoEError where the class asks for more than that."""
+    try:
+        return type(error)(str(error))
+    except TypeError:
+        return MoEError(str(error))

@@ -1,0 +1,95 @@
+"""Loading a model whose experts are spread over ranks: what they have to agree on, and what a rank cannot do alone."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from fairseq_moe_opt.build import spread_experts
+from fairseq_moe_opt.checkpoints import CheckpointIndex, checkpoint_fingerprint
+from fairseq_moe_opt.moe.kernels import choose_kernel
+from fairseq_moe_opt.moe.trace import TraceLayer
+from fairseq_moe_opt.options import MoEOptions
+from fairseq_moe_opt.parallel import Collectives, ExpertSpread, agree, follow_first
+from fairseq_moe_opt.placement import Placement
+
+_OF_ONE_RANK = ("report", "trace")
+"""Options that may differ between ranks."""
+
+
+@dataclass(frozen=True)
+class ExpertParallel:
+    """Experts spread over ranks, each of which has batches of its own.
+
+    Attributes:
+        ranks: that share the experts, usually a :class:`~fairseq_moe_opt.parallel.ProcessGroupRanks`.
+        placement: which rank holds which expert; None gives them away in order, in equal parts.
+    """
+
+    ranks: Collectives
+    placement: Placement | None = None
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What every rank must have alike before it reads a weight.
+
+    Attributes:
+        index: of the checkpoint.
+        config: of the model.
+        dtype: of the model, and of its experts' matrices.
+        options: that it runs with.
+    """
+
+    index: CheckpointIndex
+    config: Any
+    dtype: tuple[torch.dtype, torch.dtype]
+    options: MoEOptions
+
+
+def spread_over_ranks(
+    parallel: ExpertParallel, layers: tuple[TraceLayer, ...], compared: Compared, device: torch.device
+) -> tuple[ExpertSpread, MoEOptions]:
+    """Compare what ranks were started with; which experts are whose, and the options with rank 0's choices in them.
+
+    Raises ParallelError on every rank when they differ, PlacementError or OptionError when they agree on what is wrong.
+    """
+    agree(parallel.ranks, _facts(parallel, compared))
+    spread = spread_experts(layers, parallel.ranks, compared.options, parallel.placement)
+    return spread, _with_choices(compared, parallel.ranks, device)
+
+
+def _facts(parallel: ExpertParallel, compared: Compared) -> Mapping[str, str]:
+    options = {name: value for name, value in compared.options.to_dict().items() if name not in _OF_ONE_RANK}
+    return {
+        "checkpoint": checkpoint_fingerprint(compared.index),
+        "config.json": _short(compared.config.to_json_string(use_diff=False)),
+        "dtype": " and ".join(map(str, dict.fromkeys(compared.dtype))),
+        "placement": _placement_name(parallel.placement),
+        **{f"option {name}": str(value) for name, value in options.items()},
+    }
+
+
+def _placement_name(placement: Placement | None) -> str:
+    if placement is None:
+        return "contiguous"
+    return f"{placement.strategy} {_short(repr(placement.__reduce__()))}"
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _with_choices(compared: Compared, ranks: Collectives, device: torch.device) -> MoEOptions:
+    """What ``auto`` stands for here, the same on every rank."""
+    options = compared.options
+    if options.buffered:  # its kernel is always the same
+        # auto is router beside a GPU, and that knows nothing of what other ranks will send.
+        guesses = options.prefetch == "auto" and device.type != "cpu"
+        return replace(options, prefetch="previous") if guesses else options
+    kernel = choose_kernel(options.kernel, device, compared.dtype[1]).name
+    return replace(options, kernel=follow_first(ranks, kernel))
