@@ -269,12 +269,10 @@ def _source(
 
 def _host_compute(pool: ExpertPool, source: _Source, options: MoEOptions, row_dtype: torch.dtype) -> HostCompute | None:
     """What has experts computed in main memory, its costs timed here; None where every expert is copied."""
-    tier = source.tier
-    if options.host_compute == "off" or tier is None or pool.arena.device.type == "cpu":
+    if options.host_compute == "off" or source.tier is None or pool.arena.device.type == "cpu":
         return None
     ffn = partial(host_ffn, get_kernel(_buffered_kernel(options)))
-    layers = tuple(pool.layers.values())
-    return HostCompute(tier, measure_layers(layers, tier, pool.arena, row_dtype, ffn))
+    return HostCompute(source.tier, measure_layers(pool.layers.values(), source.tier, pool.arena, row_dtype, ffn))
 
 
 def _pooled(layer: ExpertLayer, expert_dtype: torch.dtype, dtype: torch.dtype) -> PooledLayer:

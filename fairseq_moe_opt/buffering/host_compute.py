@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from itertools import cycle
 
 import torch
@@ -56,7 +56,7 @@ class HostCompute:
 
 
 def measure_layers(
-    layers: Sequence[PooledLayer], tier: HostTier, slots: SlotArena, dtype: torch.dtype, ffn: HostFFN
+    layers: Collection[PooledLayer], tier: HostTier, slots: SlotArena, dtype: torch.dtype, ffn: HostFFN
 ) -> dict[str, MissCosts]:
     """The costs of a miss in each layer, experts laid out alike being timed once.
 

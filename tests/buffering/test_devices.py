@@ -9,11 +9,12 @@ from typing import cast
 import pytest
 import torch
 
+from fairseq_moe_opt.buffering import HostCompute, HostTier, MissCosts, SlotLayout
 from fairseq_moe_opt.buffering.devices import CpuLink, Mark, link_to
 from fairseq_moe_opt.moe.experts import expert_ffn
 from fairseq_moe_opt.moe.protocols import ExpertSource
 from fairseq_moe_opt.moe.types import ExpertKey, ExpertRead, ExpertWeights
-from tests.helpers.buffers import compute, pool_over
+from tests.helpers.buffers import MemorySource, compute, pool_over
 from tests.helpers.layers import random_experts
 
 ROWS = torch.randn(2, 8, generator=torch.Generator().manual_seed(3))
@@ -67,6 +68,29 @@ def test_a_slot_is_not_filled_before_the_device_has_read_it(slots: int) -> None:
         for expert in range(6):
             assert torch.equal(device.results[expert], expert_ffn(ROWS, experts["a"].expert(expert), "relu"))
     assert bool(device.waited_for) == (slots < 6)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3])
+def test_the_host_computes_its_share_while_the_device_is_behind(slots: int) -> None:
+    """One row takes as long as a copy in main memory and two take longer: the even experts, while they miss."""
+    experts, device = {"a": random_experts(6)}, FakeDevice()
+    tier = HostTier(MemorySource(experts), {"a": SlotLayout.of(experts["a"].expert(0))}, 6)
+    costs = MissCosts(copy=1.0, compute_fixed=0.0, compute_per_row=1.0)
+    store = pool_over(experts, slots, link=device, source=tier, host_compute=HostCompute(tier, {"a": costs}))["a"]
+    on_host = []
+    for _ in range(4):
+        for wave in store.waves(range(6), 9, [1, 2] * 3):
+            for expert, weights in zip(wave.experts, wave.weights, strict=True):
+                if wave.on_host:
+                    device.results[expert] = expert_ffn(ROWS, weights, "relu")
+                    on_host.append(expert)
+                else:
+                    device.enqueue(expert, weights)
+        device.drain(1 << 30)
+        for expert in range(6):
+            assert torch.equal(device.results.pop(expert), expert_ffn(ROWS, experts["a"].expert(expert), "relu"))
+    assert on_host and all(expert % 2 == 0 for expert in on_host)
+    assert device.waited_for
 
 
 def test_a_device_that_ignored_the_marks_would_be_caught() -> None:
