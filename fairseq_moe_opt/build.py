@@ -13,7 +13,6 @@ from torch import Tensor
 from fairseq_moe_opt.buffering import (
     DEFAULT_POLICY,
     GLOBAL,
-    LAYERS,
     OFF,
     ROUTER,
     BufferedExperts,
@@ -287,9 +286,9 @@ def _trace_for(layers: Sequence[PooledLayer], path: str) -> Trace:
 
 
 def _prefetcher(pool: ExpertPool, how: str, device: torch.device) -> Prefetcher | None:
-    """Beside a GPU a wrong guess costs idle bandwidth; on a CPU it takes a slot, and cores that would compute."""
+    """Beside a GPU fetching ahead costs idle bandwidth; on a CPU it takes slots, and cores that would compute."""
     if how == "auto":
-        how = LAYERS if device.type == "cpu" else ROUTER
+        how = OFF if device.type == "cpu" else ROUTER
     return None if how == OFF else Prefetcher(pool, how)
 
 
