@@ -78,8 +78,8 @@ class MoEOptions:
     prefetch: str = "auto"
     """fetch experts before they are asked for: where a forward has many rows, as in the encoder, layers fetches all
     experts of the next layer in order; previous also guesses where it has few, by a layer's experts of the step before,
-    and router by applying the next layer's router early; off waits until they are asked for. auto takes off on a CPU and
-    router on a GPU."""
+    and router by applying the next layer's router early; off waits until they are asked for. auto takes off on a CPU
+    and router on a GPU."""
 
     host_compute: str = "off"
     """auto computes an expert that is in host_memory but not on the GPU where it is, when it has so few rows that
