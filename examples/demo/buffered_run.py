@@ -62,7 +62,7 @@ def show_cache(console: Console, report: Report, target: str) -> None:
     memory = readable(buffer.arena_bytes)
     title = f"{buffer.slots} of {buffer.experts} experts in memory ({memory}), policy {buffer.policy}, {target}"
     table = Table(box=box.SIMPLE, title=title, title_justify="left")
-    for name in ("layer", "hits", "misses", "miss rate", "read", "waited", "guessed right"):
+    for name in ("layer", "hits", "misses", "miss rate", "read", "waited"):
         table.add_column(name, justify="left" if name == "layer" else "right")
     for layer in report.layers:
         if (cache := layer.cache) is not None:
@@ -73,6 +73,5 @@ def show_cache(console: Console, report: Report, target: str) -> None:
                 f"{cache.miss_rate:.1%}",
                 readable(sum(cache.bytes_read.values())),
                 f"{cache.stall_seconds:.2f} s",
-                f"{cache.precision:.0%}",
             )
     console.print(table)
