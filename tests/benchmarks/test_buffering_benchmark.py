@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
@@ -15,19 +14,16 @@ import pytest
 
 from fairseq_moe_opt.buffering import POLICIES
 from fairseq_moe_opt.moe.trace import Trace, TraceLayer, TraceVisit
+from tests.helpers.benchmark_modules import ROOT, benchmark_modules
 
-ROOT = Path(__file__).resolve().parents[2]
 MIB = 2**20
 
 
 @pytest.fixture(scope="module")
-def modules() -> Iterator[tuple[ModuleType, ModuleType, ModuleType]]:
+def modules() -> Iterator[tuple[ModuleType, ...]]:
     """``buffering``, ``_buffers`` and ``_sides``, which are scripts beside each other rather than a package."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        yield tuple(importlib.import_module(name) for name in ("buffering", "_buffers", "_sides"))  # type: ignore[misc]
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
+    with benchmark_modules("buffering", "_buffers", "_sides") as found:
+        yield found
 
 
 @pytest.mark.slow

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers.benchmark_modules import ROOT, benchmark_modules
+
 UNEVEN, PADDED = "uneven all-to-all", "padded all-to-all"
 
 
@@ -31,12 +30,8 @@ class Modules:
 
 @pytest.fixture(scope="module")
 def modules() -> Iterator[Modules]:
-    folder = str(ROOT / "benchmarks")
-    sys.path.insert(0, folder)
-    try:
-        yield Modules(*(importlib.import_module(name) for name in ("exchange", "_exchange_model", "_exchange_ranks")))
-    finally:
-        sys.path.remove(folder)
+    with benchmark_modules("exchange", "_exchange_model", "_exchange_ranks") as found:
+        yield Modules(*found)
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -13,17 +11,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers.benchmark_modules import benchmark_modules
 
 
 @pytest.fixture(scope="module")
 def script() -> Iterator[ModuleType]:
-    folder = str(ROOT / "benchmarks")
-    sys.path.insert(0, folder)
-    try:
-        yield importlib.import_module("int8_quality")
-    finally:
-        sys.path.remove(folder)
+    with benchmark_modules("int8_quality") as (found,):
+        yield found
 
 
 def test_a_few_sentences(script: ModuleType, tmp_path: Path) -> None:

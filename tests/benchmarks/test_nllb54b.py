@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
@@ -19,8 +18,7 @@ import torch
 
 import hf_integration
 from fairseq_moe_opt.checkpoints import open_index, read_tensor
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers.benchmark_modules import ROOT, benchmark_modules
 
 
 def silent(_: str) -> None:
@@ -37,12 +35,8 @@ class Modules(NamedTuple):
 
 @pytest.fixture(scope="module")
 def modules() -> Iterator[Modules]:
-    folder = str(ROOT / "benchmarks")
-    sys.path.insert(0, folder)
-    try:
-        yield Modules(*(importlib.import_module(name) for name in ("_nllb54b_weights", "_nllb54b_run", "_sides")))
-    finally:
-        sys.path.remove(folder)
+    with benchmark_modules("_nllb54b_weights", "_nllb54b_run", "_sides") as found:
+        yield Modules(*found)
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -17,19 +17,14 @@ import pytest
 
 from fairseq_moe_opt.moe.trace import Trace, TraceLayer, TraceVisit, write_trace
 from fairseq_moe_opt.placement import Cluster, LoadHistory, evaluate, place, synthetic_history
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers.benchmark_modules import ROOT, benchmark_modules
 
 
 @pytest.fixture(scope="module")
 def results() -> Iterator[ModuleType]:
     """The benchmark's own module, a script beside others rather than a package."""
-    folder = str(ROOT / "benchmarks")
-    sys.path.insert(0, folder)
-    try:
-        yield importlib.import_module("_placement_results")
-    finally:
-        sys.path.remove(folder)
+    with benchmark_modules("_placement_results") as (found,):
+        yield found
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
