@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from _page_cache import forget_folder
 from _routing_facts import routing_facts
-from _worker import FORCED_TOKEN, peak_bytes, source, timed
+from _worker import decode, peak_bytes, source, timed
 
 import hf_integration
 from fairseq_moe_opt.moe.cache_report import CacheReport
@@ -102,21 +102,10 @@ class Run:
         """Translate once; what each phase did, and the tokens (batch, new_tokens)."""
         self._model.moe.reset()
         encoder, encoded = self._measure(number, "encoder", lambda: self._model.get_encoder()(**self._inputs))
-        decoder, tokens = self._measure(number, "decoder", lambda: self._decode(encoded))
-        return [encoder, decoder], tokens[:, 1:]
-
-    def _decode(self, encoded: Any) -> torch.Tensor:
-        # As many new tokens as asked for, no matter what: the end token is held back until the maximum.
-        result: torch.Tensor = self._model.generate(
-            encoder_outputs=encoded,
-            attention_mask=self._inputs["attention_mask"],
-            forced_bos_token_id=FORCED_TOKEN,
-            min_new_tokens=self._new_tokens,
-            max_new_tokens=self._new_tokens,
-            num_beams=1,
-            do_sample=False,
+        decoder, tokens = self._measure(
+            number, "decoder", lambda: decode(self._model, encoded, self._inputs["attention_mask"], self._new_tokens)
         )
-        return result
+        return [encoder, decoder], tokens[:, 1:]
 
     def _measure(self, number: int, phase: str, work: Callable[[], Any]) -> tuple[Phase, Any]:
         before = disk_bytes()

@@ -65,17 +65,24 @@ class Runner:
         return self._model.get_encoder()(**self._inputs)
 
     def _decode(self, encoded: Any) -> torch.Tensor:
-        # As many new tokens as asked for, no matter what: the end token is held back until the maximum.
-        result: torch.Tensor = self._model.generate(
-            encoder_outputs=encoded,
-            attention_mask=self._inputs["attention_mask"],
-            forced_bos_token_id=FORCED_TOKEN,
-            min_new_tokens=self._new_tokens,
-            max_new_tokens=self._new_tokens,
-            num_beams=1,
-            do_sample=False,
-        )
-        return result
+        return decode(self._model, encoded, self._inputs["attention_mask"], self._new_tokens)
+
+
+def decode(model: Any, encoded: Any, mask: torch.Tensor, new_tokens: int) -> torch.Tensor:
+    """Greedy tokens (batch, 1 + ``new_tokens``) from what the encoder gave for a source of this mask (batch, length).
+
+    As many new tokens as asked for, no matter what: the end token is held back until the maximum.
+    """
+    result: torch.Tensor = model.generate(
+        encoder_outputs=encoded,
+        attention_mask=mask,
+        forced_bos_token_id=FORCED_TOKEN,
+        min_new_tokens=new_tokens,
+        max_new_tokens=new_tokens,
+        num_beams=1,
+        do_sample=False,
+    )
+    return result
 
 
 def load(folder: str, dtype: torch.dtype, options: dict[str, str] | None) -> Any:

@@ -111,8 +111,8 @@ def build_layer(
             f"{spec.name} routes to {spec.router.num_experts} experts{where} but has {store.num_experts}",
         )
     _require_expert_dtype(spec.name, options.expert_dtype, store.dtype)
-    buffered = isinstance(store, BufferedExperts)
-    if options.buffered and not buffered:
+    cache = store.layer.counters if isinstance(store, BufferedExperts) else None
+    if options.buffered and cache is None:
         raise OptionError(
             "expert_memory",
             f"all experts of {spec.name} are in memory already: nothing would be saved by buffering them",
@@ -120,7 +120,7 @@ def build_layer(
     config = LayerConfig(
         activation=spec.activation,
         gating=options.gating,
-        kernel=_buffered_kernel(options) if buffered else options.kernel,
+        kernel=options.kernel if cache is None else _buffered_kernel(options),
         expert_masking=spec.expert_masking,
         final_masking=spec.final_masking,
         dropout=spec.dropout,
@@ -131,7 +131,7 @@ def build_layer(
         spec.router.num_experts,
         options.profile,
         exchange=None if used is None else used.counters,
-        cache=store.layer.counters if isinstance(store, BufferedExperts) else None,
+        cache=cache,
     )
     return MoELayer(
         gate,
