@@ -13,6 +13,7 @@ HERE = Path(__file__).parent
 PACKAGES = [
     "fairseq_moe_opt",
     "fairseq_moe_opt.buffering",
+    "fairseq_moe_opt.build",
     "fairseq_moe_opt.checkpoints",
     "fairseq_moe_opt.cli",
     "fairseq_moe_opt.models",

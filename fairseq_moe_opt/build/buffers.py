@@ -1,9 +1,9 @@
-"""The composition root: options and a layer's description in, a layer out. Cross-checks happen here, before weights."""
+"""The experts of a checkpoint's files and the options in, slots with everything that fills them out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain, cycle
 
@@ -28,142 +28,21 @@ from fairseq_moe_opt.buffering import (
     measure_layers,
     slot_bytes_for,
 )
+from fairseq_moe_opt.build.layers import buffered_kernel
 from fairseq_moe_opt.checkpoints import ExpertFiles, ExpertRecords
-from fairseq_moe_opt.errors import OptionError, PlacementError
 from fairseq_moe_opt.moe.cache_report import BufferReport, CacheCounters
-from fairseq_moe_opt.moe.experts import NO_DROPOUT, ExpertDropout, compute_dtype
+from fairseq_moe_opt.moe.experts import compute_dtype
 from fairseq_moe_opt.moe.host_waves import host_ffn
-from fairseq_moe_opt.moe.kernels import choose_kernel, get_kernel
-from fairseq_moe_opt.moe.layer import LayerConfig, MoELayer
-from fairseq_moe_opt.moe.protocols import ExpertSource, ExpertStore, PaddedExchange, RoutingObserver, TokenExchange
-from fairseq_moe_opt.moe.report import LayerCounters
-from fairseq_moe_opt.moe.routing import GShardTop2Router, SoftmaxTopKRouter, Top1Router
+from fairseq_moe_opt.moe.kernels import get_kernel
+from fairseq_moe_opt.moe.layer import MoELayer
+from fairseq_moe_opt.moe.protocols import ExpertSource
 from fairseq_moe_opt.moe.trace import Trace, TraceLayer, check_trace, read_trace
 from fairseq_moe_opt.moe.types import ExpertKey, ExpertWeights
 from fairseq_moe_opt.options import PAGE_CACHE, MoEOptions
-from fairseq_moe_opt.parallel import Collectives, ExpertSpread, SlotMap
-from fairseq_moe_opt.placement import Placement, check_made_for
 from fairseq_moe_opt.sizes import num_slots
 
 _RECALLED_VISITS = 20_000
 """Of a trace, how many of the last forwards a warm start looks at."""
-
-EXPERT_DTYPES: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "int8": torch.int8}
-"""Values of the option ``expert_dtype`` to the dtype that an expert's matrices then have."""
-
-AnyRouter = GShardTop2Router | Top1Router | SoftmaxTopKRouter
-
-
-@dataclass(frozen=True)
-class LayerSpec:
-    """What a checkpoint says of one layer.
-
-    Attributes:
-        name: the layer's name in its model.
-        phase: ``encoder`` or ``decoder``.
-        router: with the checkpoint's own capacity rule.
-        activation: of the experts.
-        expert_masking: EOM probability.
-        final_masking: FOM probability.
-        dropout: inside each expert, in training.
-    """
-
-    name: str
-    phase: str
-    router: AnyRouter
-    activation: str = "relu"
-    expert_masking: float = 0.0
-    final_masking: float = 0.0
-    dropout: ExpertDropout = NO_DROPOUT
-
-
-def needs_packed_experts(options: MoEOptions, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernel for experts of such weights computes from one tensor of them all instead of each one's own.
-
-    Raises KernelError when the kernel asked for cannot run on them.
-    """
-    if options.gating != "dynamic" or options.buffered:
-        return False
-    return choose_kernel(options.kernel, device, dtype).needs_packed
-
-
-def build_layer(
-    spec: LayerSpec,
-    options: MoEOptions,
-    gate: Callable[[Tensor], Tensor],
-    store: ExpertStore,
-    observers: Iterable[RoutingObserver] = (),
-    *,
-    exchange: TokenExchange | None = None,
-    padded_exchange: PaddedExchange | None = None,
-) -> MoELayer:
-    """The layer that ``spec`` describes, run as ``options`` say, over ``gate`` and ``store``.
-
-    With experts spread over ranks, ``exchange`` (``padded_exchange`` for static gating) reaches them, and ``store``
-    holds this rank's, by slot.
-    """
-    used = padded_exchange if options.gating == "static" else exchange
-    num_slots = spec.router.num_experts if used is None else used.num_slots
-    if store.num_experts != num_slots:
-        where = "" if used is None else f", {num_slots} of them on this rank,"
-        raise OptionError(
-            "num_experts",
-            f"{spec.name} routes to {spec.router.num_experts} experts{where} but has {store.num_experts}",
-        )
-    _require_expert_dtype(spec.name, options.expert_dtype, store.dtype)
-    cache = store.layer.counters if isinstance(store, BufferedExperts) else None
-    if options.buffered and cache is None:
-        raise OptionError(
-            "expert_memory",
-            f"all experts of {spec.name} are in memory already: nothing would be saved by buffering them",
-        )
-    config = LayerConfig(
-        activation=spec.activation,
-        gating=options.gating,
-        kernel=options.kernel if cache is None else _buffered_kernel(options),
-        expert_masking=spec.expert_masking,
-        final_masking=spec.final_masking,
-        dropout=spec.dropout,
-    )
-    counters = LayerCounters(
-        spec.name,
-        spec.phase,
-        spec.router.num_experts,
-        options.profile,
-        exchange=None if used is None else used.counters,
-        cache=cache,
-    )
-    return MoELayer(
-        gate,
-        _router(spec.router, options),
-        store,
-        config,
-        counters,
-        observers,
-        exchange=exchange,
-        padded_exchange=padded_exchange,
-    )
-
-
-def _buffered_kernel(options: MoEOptions) -> str:
-    """Of the kernels that auto may choose, only one computes from experts kept apart."""
-    return "loop" if options.kernel == "auto" else options.kernel
-
-
-def _require_expert_dtype(layer: str, option: str, dtype: torch.dtype) -> None:
-    """Experts get their dtype where they are read; asking for another one later would have no effect."""
-    if option in EXPERT_DTYPES and EXPERT_DTYPES[option] != dtype:
-        raise OptionError(
-            "expert_dtype",
-            f"{option!r} takes effect where weights are read (hf_integration.from_pretrained, moe-opt convert), but "
-            f"the experts of {layer} are here as {str(dtype).removeprefix('torch.')}; leave it at 'checkpoint'",
-        )
-
-
-def _router(router: AnyRouter, options: MoEOptions) -> AnyRouter:
-    if options.capacity == "none" and not isinstance(router, SoftmaxTopKRouter):
-        return replace(router, capacity=None)
-    return router
 
 
 @dataclass(frozen=True)
@@ -270,7 +149,7 @@ def _host_compute(pool: ExpertPool, source: _Source, options: MoEOptions, row_dt
     """What has experts computed in main memory, its costs timed here; None where every expert is copied."""
     if options.host_compute == "off" or source.tier is None or pool.arena.device.type == "cpu":
         return None
-    ffn = partial(host_ffn, get_kernel(_buffered_kernel(options)))
+    ffn = partial(host_ffn, get_kernel(buffered_kernel(options)))
     return HostCompute(source.tier, measure_layers(pool.layers.values(), source.tier, pool.arena, row_dtype, ffn))
 
 
@@ -354,46 +233,3 @@ def _host_template(records: ExpertRecords, expert_dtype: torch.dtype, dtype: tor
     stored = ExpertWeights(**fields)  # type: ignore[arg-type]
     slot = _template(records, expert_dtype, dtype)
     return slot if expert_dtype == torch.int8 or slot.nbytes < stored.nbytes else stored
-
-
-def spread_experts(
-    layers: Sequence[TraceLayer], ranks: Collectives, options: MoEOptions, placement: Placement | None = None
-) -> ExpertSpread:
-    """Give every rank its experts of ``layers``: as ``placement`` says, or in ascending equal parts.
-
-    Raises PlacementError when ``placement`` is of another model or number of ranks, or gives a rank no expert of a
-    layer; OptionError for options that cannot be had on several ranks.
-    """
-    _check_spreadable(options)
-    if placement is None:
-        maps = {layer.name: SlotMap.contiguous(layer.num_experts, ranks.size) for layer in layers}
-    else:
-        fingerprint = Trace(tuple(layers), ()).fingerprint
-        check_made_for(placement, fingerprint, layers[0].num_experts, ranks.size)
-        unplaced = [layer.name for layer in layers if layer.name not in placement.layers]
-        if unplaced:
-            raise PlacementError(f"does not place the layer {unplaced[0]!r} of this model")
-        maps = {layer.name: _slot_map(placement, layer) for layer in layers}
-    for name, slots in maps.items():
-        for rank, experts in enumerate(slots.by_rank):
-            if not experts:
-                raise PlacementError(f"rank {rank} holds no expert of {name!r}: fewer ranks, or another placement")
-    return ExpertSpread(ranks, maps)
-
-
-def _slot_map(placement: Placement, layer: TraceLayer) -> SlotMap:
-    """Replicas that a strategy put on one rank are one there: a second copy would take memory for nothing."""
-    by_rank = tuple(tuple(dict.fromkeys(experts)) for experts in placement.layers[layer.name])
-    return SlotMap(layer.num_experts, by_rank)
-
-
-def _check_spreadable(options: MoEOptions) -> None:
-    if options.gating == "static":
-        raise OptionError("gating", "'static' runs on one rank only; leave it at 'dynamic' where ranks share experts")
-    if options.warm_start is not None:
-        raise OptionError("warm_start", "has no effect where ranks share experts: a trace is of all of them")
-    if options.prefetch == ROUTER:
-        raise OptionError(
-            "prefetch",
-            "'router' knows this rank's tokens only, not what others will send; 'previous' predicts from those",
-        )
