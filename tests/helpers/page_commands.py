@@ -32,15 +32,21 @@ PLACEHOLDERS: Mapping[str, str] = {
 """Words in capitals that stand for a reader's own files, to ones that are in the tree."""
 
 USER_DIRECTORY = "$(moe-opt user-dir)"
+_USER_DIRECTORY = str(ROOT / "fairseq_moe_opt")
 
 
 def commands_of(block: Block) -> list[list[str]]:
     """The words of each command in ``block``, a pipe's or ``&&``'s parts apart, redirections left out."""
-    found = []
-    for line in block.text.replace("\\\n", " ").splitlines():
-        words = shlex.split(line.replace(f'"{USER_DIRECTORY}"', str(ROOT / "fairseq_moe_opt")), comments=True)
-        for command in _split(words):
-            found.append([PLACEHOLDERS.get(word, word) for word in command])
+    found, line = [], ""
+    for part in block.text.replace("\\\n", " ").replace(f'"{USER_DIRECTORY}"', _USER_DIRECTORY).splitlines():
+        line = f"{line}\n{part}" if line else part
+        try:
+            words = shlex.split(line, comments=True)
+        except ValueError:  # a quotation goes on in the next line
+            continue
+        line = ""
+        found += [[PLACEHOLDERS.get(word, word) for word in command] for command in _split(words)]
+    assert not line, f"{block}: a quotation has no end"
     return found
 
 
@@ -175,5 +181,8 @@ _PROGRAMS: Mapping[str, Callable[[str, Sequence[str]], None]] = {
     "accelerate": _launcher,
     "make": _make,
     "pip": _pip,
-    **{f"fairseq-{name}": _fairseq for name in ("generate", "interactive", "eval-lm", "train", "validate", "preprocess")},
+    **{
+        f"fairseq-{name}": _fairseq
+        for name in ("generate", "interactive", "eval-lm", "train", "validate", "preprocess")
+    },
 }
