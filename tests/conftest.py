@@ -32,7 +32,7 @@ settings.load_profile("project")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """``--device``: where the tests that take the ``device`` fixture put their tensors. ``--docs-long``: more commands."""
+    """``--device``: where tests that take the ``device`` fixture put their tensors; ``--docs-long``: more commands."""
     parser.addoption("--device", default="cpu", help="where tests put tensors: cpu (default) or cuda[:N]")
     parser.addoption("--docs-long", action="store_true", help="run the pages' commands that are marked long, too")
 
