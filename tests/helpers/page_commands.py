@@ -186,3 +186,6 @@ _PROGRAMS: Mapping[str, Callable[[str, Sequence[str]], None]] = {
         for name in ("generate", "interactive", "eval-lm", "train", "validate", "preprocess")
     },
 }
+
+KNOWN_PROGRAMS = frozenset(_PROGRAMS)
+"""Words that begin a command."""
