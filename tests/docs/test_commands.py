@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+import fairseq_moe_opt
 from fairseq_moe_opt import cli
 from tests.helpers.page_commands import KNOWN_PROGRAMS, PLACEHOLDERS, check, commands_of
 from tests.helpers.pages import PAGES, ROOT, Block, blocks_of
@@ -91,6 +92,8 @@ def test_blocks_without_a_mark_run(block: Block, place: Path, monkeypatch: pytes
         if program == "moe-opt":
             assert cli.main(arguments) == 0
         else:
+            # fairseq takes no notice of a plugin's folder that this process has imported already.
+            fairseq_moe_opt.register_fairseq()
             name = program.removeprefix("fairseq-").replace("-", "_")
             monkeypatch.setattr(sys, "argv", [program, *arguments])
             import_module(f"fairseq_cli.{name}").cli_main()
