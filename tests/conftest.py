@@ -32,8 +32,9 @@ settings.load_profile("project")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """``--device``: where the tests that take the ``device`` fixture put their tensors."""
+    """``--device``: where tests that take the ``device`` fixture put their tensors; ``--docs-long``: more commands."""
     parser.addoption("--device", default="cpu", help="where tests put tensors: cpu (default) or cuda[:N]")
+    parser.addoption("--docs-long", action="store_true", help="run the pages' commands that are marked long, too")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -50,6 +51,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Skip, with the reason, what this run cannot do."""
     on_gpu = str(config.getoption("--device")).startswith("cuda")
     for item in items:
+        if item.get_closest_marker("docs_long") and not config.getoption("--docs-long"):
+            item.add_marker(pytest.mark.skip(reason="a long command of a page: run with --docs-long"))
         if item.get_closest_marker("gpu") and not on_gpu:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device: run with --device cuda"))
         if item.get_closest_marker("dist") and not torch.distributed.is_available():
