@@ -21,15 +21,12 @@ from fairseq_moe_opt.moe.trace import TraceLayer, TraceRecorder, write_trace
 from fairseq_moe_opt.options import MoEOptions
 from fairseq_moe_opt.parallel import ExpertSpread
 from fairseq_moe_opt.presets import with_preset
-from fairseq_moe_opt.profiling import Profile, Profiler, check_folder, write_profile
+from fairseq_moe_opt.profiling import ALL_CALLS, Profile, Profiler, check_folder, write_profile
 from hf_integration.expert_dtypes import require_scales
 from hf_integration.families import family_of
 from hf_integration.patching import Installed, Patches
 from hf_integration.profiling import about, profiler_for, weights_of
 from hf_integration.synced import SyncedDecoding
-
-ALL_CALLS = "all calls"
-"""The input that a profile is of where nobody says more."""
 
 
 class Handle:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import transformers
@@ -18,8 +19,11 @@ _ENCODER, _DECODER = "encoder", "decoder"
 
 def profiler_for(model: nn.Module, layers: tuple[MoELayer, ...]) -> Profiler:
     """A profiler for a ``model`` with these ``layers``; it is not attached yet."""
-    device = next(model.parameters()).device
-    return Profiler([facts_of(layer) for layer in layers], layers, list(parts_of(model)), device)
+    return Profiler([facts_of(layer) for layer in layers], layers, list(parts_of(model)), partial(_device_of, model))
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 def facts_of(layer: MoELayer) -> LayerFacts:

@@ -94,7 +94,7 @@ def build_layer(
         expert_masking=spec.expert_masking,
         final_masking=spec.final_masking,
         dropout=spec.dropout,
-        checkpoint_capacity=_capacity_fraction(spec.router),
+        checkpoint_capacity=capacity_fraction(spec.router),
     )
     counters = LayerCounters(
         spec.name,
@@ -131,7 +131,7 @@ def _require_expert_dtype(layer: str, option: str, dtype: torch.dtype) -> None:
         )
 
 
-def _capacity_fraction(router: AnyRouter) -> float | None:
+def capacity_fraction(router: AnyRouter) -> float | None:
     """C of the checkpoint's own rule as a share of a batch's rows; None where it depends on something else."""
     if isinstance(router, SoftmaxTopKRouter) or router.capacity is None or router.capacity.eval_length is not None:
         return None

@@ -108,16 +108,19 @@ class _Root:
 
 
 class Clock:
-    """Cuts the time of forwards on ``device`` into slices; for several threads at once, each with forwards of its own.
+    """Cuts the time of forwards into slices; for several threads at once, each with forwards of its own.
+
+    ``device`` gives the device of the model, and is asked when the first forward begins: a model may move until then.
 
     Attributes:
         times: where slices are added; may be changed between forwards after ``settle``.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: Callable[[], torch.device]) -> None:
         self.times = Times()
-        self._is_cuda = device.type == "cuda"
-        self._mark: Callable[[], Mark] = _event if self._is_cuda else time.perf_counter
+        self._device = device
+        self._is_cuda = False
+        self._mark: Callable[[], Mark] = self._first_mark
         self._open = _Open()
         self._lock = threading.Lock()
         self._pending: list[tuple[Key | str, list[tuple[Mark, Mark]]]] = []
@@ -167,6 +170,11 @@ class Clock:
     def timed(self, key: Key) -> Timed:
         """The context of a component."""
         return Timed(self, key)
+
+    def _first_mark(self) -> Mark:
+        self._is_cuda = self._device().type == "cuda"
+        self._mark = _event if self._is_cuda else time.perf_counter
+        return self._mark()
 
     def _hand_over(self, root: _Root | None) -> None:
         here = self._open

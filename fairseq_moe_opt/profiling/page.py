@@ -14,7 +14,8 @@ from fairseq_moe_opt.sizes import readable
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
 h1 { font-size: 1.5rem } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #ccc }
-table { border-collapse: collapse; margin: 0.8rem 0; font-variant-numeric: tabular-nums; display: block; overflow-x: auto }
+table { border-collapse: collapse; margin: 0.8rem 0; display: block; overflow-x: auto }
+td { font-variant-numeric: tabular-nums }
 th, td { padding: 0.2rem 0.7rem; text-align: right; border-bottom: 1px solid #eee; white-space: nowrap }
 th:first-child, td:first-child { text-align: left } thead th { border-bottom: 2px solid #999 }
 img { max-width: 100%; height: auto } figure { margin: 1rem 0 } .note { color: #555; font-size: 0.9rem }

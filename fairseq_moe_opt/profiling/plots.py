@@ -150,13 +150,14 @@ def loads_picture(profile: Profile, phase: str, layers: Sequence[LayerFacts]) ->
         axes.locator_params("x", integer=True)
         axes.set_title(f"{phase} {short_name(facts)}", fontsize="small", loc="left")
     panels[-1].set_xlabel("expert")
-    figure.colorbar(image, ax=list(panels), label="% of an input's rows")
+    if image is not None:
+        figure.colorbar(image, ax=list(panels), label="% of an input's rows")
     _headline(figure, findings.load_finding(profile, phase) or findings.skew_finding(profile, phase))
     return figure
 
 
 def skew_picture(profile: Profile) -> Figure:
-    """Idle experts, Gini and the busiest expert's share, by layer and input; dashes are what even choices would give."""
+    """Idle experts, Gini and the busiest expert's share, by layer and input; dashes are for even choices."""
     layers = [one for one in profile.layers if profile.inputs_of(one.name)]
     figure = new_figure(9, 8)
     panels = figure.subplots(3, 1, sharex=True)

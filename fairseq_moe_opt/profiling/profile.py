@@ -1,4 +1,4 @@
-"""What a profiler recorded, made into numbers: one object that the JSON, the pictures and the page are all made from."""
+"""What a profiler recorded, made into numbers: one object that JSON, pictures and page are all made from."""
 
 from __future__ import annotations
 

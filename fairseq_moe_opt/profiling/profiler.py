@@ -1,7 +1,7 @@
 """The profiler: attached to a model's layers and modules it times, counts and marks memory; detached, nothing is left.
 
-A front end says what there is to look at, as :class:`Part` and :class:`LayerFacts`, and names what runs: an *input* is a
-language, a domain, a file, anything to be compared with others.
+A front end says what there is to look at, as :class:`Part` and :class:`LayerFacts`, and names what runs: an *input* is
+a language, a domain, a file, anything to be compared with others.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ from fairseq_moe_opt.moe.types import Dispatch, Routing
 from fairseq_moe_opt.profiling.clock import EXCHANGE_COMPONENTS, STEP_COMPONENTS, Clock, Key, Times
 from fairseq_moe_opt.profiling.experts import ExpertClock, ExpertTime, expert_times
 from fairseq_moe_opt.profiling.memory import MemoryRecording, Timeline
+
+ALL_CALLS = "all calls"
+"""The input that a profile is of where nobody says more."""
 
 _NOTHING = nullcontext()
 _DECODER, _STEPS_BEFORE = "decoder", 8
@@ -90,7 +93,7 @@ class Recorded:
 
 
 class Profiler:
-    """Looks at ``layers`` and ``parts`` while attached.
+    """Looks at ``layers`` and ``parts``, of a model on the device that ``device`` gives, while attached.
 
     Attributes:
         facts: of the layers.
@@ -100,7 +103,11 @@ class Profiler:
     """
 
     def __init__(
-        self, facts: Sequence[LayerFacts], layers: Sequence[Layer], parts: Sequence[Part], device: torch.device
+        self,
+        facts: Sequence[LayerFacts],
+        layers: Sequence[Layer],
+        parts: Sequence[Part],
+        device: Callable[[], torch.device],
     ) -> None:
         self.facts = tuple(facts)
         self.inputs: list[Recorded] = []
@@ -174,7 +181,7 @@ class Profiler:
     @contextmanager
     def one_by_one(self) -> Iterator[None]:
         """Run experts one at a time in the ``with`` block, each timed; nothing else is recorded meanwhile."""
-        clock, recorder = ExpertClock(self._device), self._recorder()
+        clock, recorder = ExpertClock(self._device()), self._recorder()
         for layer, facts in zip(self._layers, self.facts, strict=True):
             layer.observe(recorder)
             layer.watch_experts(partial(clock.expert, facts.name))
@@ -224,7 +231,7 @@ class Profiler:
 
     def begin_recording(self, part: Part) -> None:
         """Record memory from now on, in this thread's forward."""
-        recording = MemoryRecording(part.phase, self._device)
+        recording = MemoryRecording(part.phase, self._device())
         recording.begin()
         self._recording = (recording, threading.get_ident())
 
@@ -243,10 +250,14 @@ class Profiler:
 
     def __deepcopy__(self, memo: dict[int, object]) -> Profiler:
         # A copied model is looked at by a profiler of its own, which has seen nothing and does nothing.
-        return Profiler(self.facts, (), (), self._device)
+        return Profiler(self.facts, (), (), _cpu)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Profiler, (self.facts, (), (), self._device)
+        return Profiler, (self.facts, (), (), _cpu)
+
+
+def _cpu() -> torch.device:
+    return torch.device("cpu")
 
 
 @dataclass(frozen=True)
