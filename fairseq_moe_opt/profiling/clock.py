@@ -10,10 +10,10 @@ On a GPU the marks are events on its stream, read when they have all happened: n
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager as Context
 from dataclasses import dataclass, field
+from time import perf_counter
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -173,7 +173,7 @@ class Clock:
 
     def _first_mark(self) -> Mark:
         self._is_cuda = self._device().type == "cuda"
-        self._mark = _event if self._is_cuda else time.perf_counter
+        self._mark = _event if self._is_cuda else perf_counter
         return self._mark()
 
     def _hand_over(self, root: _Root | None) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations
 from statistics import median
+from time import perf_counter
 
 import torch
 
@@ -35,10 +35,10 @@ class ExpertClock:
     def expert(self, layer: str, expert: str) -> Iterator[None]:
         """The context of one expert."""
         self._wait()
-        start = time.perf_counter()
+        start = perf_counter()
         yield
         self._wait()
-        self.calls.setdefault((layer, int(expert)), []).append(time.perf_counter() - start)
+        self.calls.setdefault((layer, int(expert)), []).append(perf_counter() - start)
 
     def _wait(self) -> None:
         if self._device.type == "cuda":

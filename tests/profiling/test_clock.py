@@ -22,7 +22,7 @@ def cpu() -> torch.device:
 def ticking(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
     """A clock on which every look takes a second."""
     ticks = count()
-    monkeypatch.setattr(clocks.time, "perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr(clocks, "perf_counter", lambda: float(next(ticks)))
     yield Clock(cpu)
 
 

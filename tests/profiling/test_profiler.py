@@ -20,7 +20,7 @@ from fairseq_moe_opt.errors import OptionError
 from fairseq_moe_opt.moe import MoELayer
 from fairseq_moe_opt.moe.kernels import get_kernel
 from fairseq_moe_opt.moe.trace import read_trace
-from fairseq_moe_opt.profiling import ALL_CALLS, Profile, Profiler, write_profile
+from fairseq_moe_opt.profiling import ALL_CALLS, Profile, Profiler, clock, experts, write_profile
 from fairseq_moe_opt.profiling.clock import ATTENTION, EXPERTS, FETCH, GATE, REST
 from fairseq_moe_opt.profiling.findings import findings
 from hf_integration.reading import read_lines
@@ -29,7 +29,7 @@ from tests.helpers.translation_models import nllb_moe, word_tokenizer
 pytest.importorskip("matplotlib")
 
 ENCODER, DECODER = "model.encoder.layers.1.ffn", "model.decoder.layers.1.ffn"
-NAP = 0.02
+NAP = 0.5
 
 
 def inputs(seed: int = 0, rows: int = 4) -> Tensor:
@@ -97,48 +97,71 @@ def test_the_whole_is_what_a_watch_beside_it_shows(model: Any, profiler: Profile
     assert sorted(whole / outside for whole, outside in pairs)[2] == pytest.approx(1, rel=0.05)
 
 
-class _SlowKernel:
-    """The loop kernel with one expert that sleeps."""
+class Naps:
+    """Time as a thread alone on its core would see it: what it computed, and naps that nobody has to wait for."""
 
-    def __init__(self, expert: int) -> None:
-        self._expert, self._loop = expert, get_kernel("loop")
+    def __init__(self) -> None:
+        self._napped = 0.0
+
+    def take(self) -> None:
+        self._napped += NAP
+
+    def now(self) -> float:
+        return time.thread_time() + self._napped
+
+
+@pytest.fixture
+def naps(monkeypatch: pytest.MonkeyPatch) -> Naps:
+    found = Naps()
+    for module in (clock, experts):
+        monkeypatch.setattr(module, "perf_counter", found.now)
+    return found
+
+
+class _SlowKernel:
+    """The loop kernel with one expert that naps."""
+
+    def __init__(self, expert: int, naps: Naps) -> None:
+        self._expert, self._naps, self._loop = expert, naps, get_kernel("loop")
         self.name, self.needs_packed = "loop", False
 
     def run(self, rows: Tensor, segments: Any, *rest: Any) -> None:
         if any(segment.expert == self._expert for segment in segments):
-            time.sleep(NAP)
+            self._naps.take()
         self._loop.run(rows, segments, *rest)
 
 
 def test_a_planted_slow_expert_shows_in_its_component_layer_and_number(
-    model: Any, profiler: Profiler, monkeypatch: pytest.MonkeyPatch
+    model: Any, profiler: Profiler, naps: Naps, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     profiler.begin("before")
     generate(model)
     trace = profiler.inputs[0].trace
     used = [expert for visit in trace.visits if visit.layer == DECODER for expert in visit.experts]
     slow = max(set(used), key=used.count)
-    kernel = _SlowKernel(slow)
+    kernel = _SlowKernel(slow, naps)
     monkeypatch.setattr(layer_of(model, DECODER), "_kernel", lambda _: kernel)
     with profiler.input("after"):
         generate(model)
     found = profiler.inputs[1].times
-    naps = NAP * used.count(slow)
-    assert found.of_layer(DECODER)[EXPERTS] >= naps
+    napped = NAP * used.count(slow)
+    assert found.of_layer(DECODER)[EXPERTS] >= napped
     others = [seconds for key, seconds in found.seconds.items() if (key.place, key.component) != (DECODER, EXPERTS)]
-    assert max(others) < naps / 2
+    assert max(others) < napped / 2
     profiler.current = None
     with profiler.one_by_one():
         generate(model)
     assert [(one.layer, one.expert) for one in profiler.expert_times if one.is_slow] == [(DECODER, slow)]
 
 
-def test_slow_weights_show_as_fetching(model: Any, profiler: Profiler, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_weights_show_as_fetching(
+    model: Any, profiler: Profiler, naps: Naps, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = layer_of(model, ENCODER).store
     waves = store.waves
 
     def late(*args: Any, **kwargs: Any) -> Any:
-        time.sleep(NAP)
+        naps.take()
         yield from waves(*args, **kwargs)
 
     monkeypatch.setattr(store, "waves", late)
