@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager as Context
 from dataclasses import dataclass, field
+from operator import sub
 from time import perf_counter
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -123,8 +124,8 @@ class Clock:
         self._mark: Callable[[], Mark] = self._first_mark
         self._open = _Open()
         self._lock = threading.Lock()
-        self._pending: list[tuple[Key | str, list[tuple[Mark, Mark]]]] = []
-        self._num_pending = 0
+        self._slices: list[tuple[Key, Mark, Mark]] = []
+        self._roots: list[_Root] = []
 
     def enter(self, key: Key) -> None:
         """``key`` begins; what was open before it goes on when it ends."""
@@ -180,26 +181,22 @@ class Clock:
         here = self._open
         slices, here.slices = here.slices, []
         with self._lock:
-            self._pending += [(key, [(start, stop)]) for key, start, stop in slices]
+            self._slices += slices
             if root is not None:
-                self._pending.append((root.phase, root.spans))
-            self._num_pending += len(slices)
-            if not self._is_cuda or self._num_pending > _FOLD_AT:
+                self._roots.append(root)
+            if not self._is_cuda or len(self._slices) > _FOLD_AT:
                 self._fold()
 
     def _fold(self) -> None:
-        if self._is_cuda and self._pending:
+        if self._is_cuda and self._slices:
             torch.cuda.synchronize()
-        for owner, spans in self._pending:
-            seconds = sum(self._between(*span) for span in spans)
-            if isinstance(owner, Key):
-                self.times.seconds[owner] = self.times.seconds.get(owner, 0.0) + seconds
-            else:
-                self.times.forwards.setdefault(owner, []).append(seconds)
-        self._pending, self._num_pending = [], 0
-
-    def _between(self, start: Mark, stop: Mark) -> float:
-        return float(start.elapsed_time(stop)) / 1000 if self._is_cuda else float(stop - start)
+        seconds, between = self.times.seconds, _between_events if self._is_cuda else sub
+        for key, start, stop in self._slices:
+            seconds[key] = seconds.get(key, 0.0) + between(stop, start)
+        for root in self._roots:
+            whole = sum(between(stop, start) for start, stop in root.spans)
+            self.times.forwards.setdefault(root.phase, []).append(whole)
+        self._slices, self._roots = [], []
 
 
 class Timed(Context[None]):
@@ -215,6 +212,10 @@ class Timed(Context[None]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._clock.leave()
+
+
+def _between_events(stop: torch.cuda.Event, start: torch.cuda.Event) -> float:
+    return float(start.elapsed_time(stop)) / 1000
 
 
 def _event() -> torch.cuda.Event:

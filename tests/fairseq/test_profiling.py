@@ -34,7 +34,7 @@ def test_the_flag_takes_a_folder_or_nothing(flags: list[str], expected: object) 
 def test_generating_writes_a_profile_of_both_sides(tmp_path: Path) -> None:
     code = "import sys; from fairseq_cli.generate import cli_main; sys.exit(cli_main())"
     arguments = [str(DATA), "--user-dir", str(USER_DIR), "--task", "translation", "-s", "src", "-t", "tgt"]
-    arguments += ["--path", str(MODEL), "--batch-size", "4", "--beam", "2", "--cpu"]
+    arguments += ["--path", str(MODEL), "--batch-size", "4", "--beam", "2", "--cpu", "--max-len-b", "10"]
     arguments += ["--moe-profile", str(tmp_path / "out")]
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -44,7 +44,10 @@ def test_generating_writes_a_profile_of_both_sides(tmp_path: Path) -> None:
         found = one["phases"][phase]
         assert found["forwards"] > 0 and abs(found["components_sum_difference"]) < 0.05
         assert all(found["components"][name] > 0 for name in (EXPERTS, ATTENTION, REST))
-    assert content["about"]["model"] == str(MODEL) and content["layers"][0]["capacity_fraction"] is not None
+    assert (
+        content["about"]["model"].startswith(str(MODEL.with_suffix("")))
+        and content["layers"][0]["capacity_fraction"] is not None
+    )
     assert (tmp_path / "out" / "index.html").is_file()
 
 

@@ -251,10 +251,11 @@ def test_a_report_is_whole_and_self_contained(model: Any, profiler: Profiler, tm
     assert content["memory"]["expert_bytes"] == 2 * 8 * (2 * 32 * 64 + 32 + 64) * 4
     trace = read_trace(tmp_path / "out" / "trace-first.json")
     assert trace == profile.inputs[0].trace
-    # A second profile of fewer inputs leaves nothing of the first.
-    fewer = Profile.of(profiler, {}, profile.weights)
-    again = write_profile(fewer, tmp_path / "out")
+    # A second profile, of nothing, leaves nothing of the first.
+    nothing = Profile.of(model.moe.profiler(), {}, profile.weights)
+    again = write_profile(nothing, tmp_path / "out")
     assert {path.name for path in again} == {path.name for path in (tmp_path / "out").iterdir()}
+    assert {path.name for path in again} == {"index.html", "profile.json"}
 
 
 def test_an_option_profiles_everything_until_undone(tmp_path: Path) -> None:
