@@ -22,6 +22,7 @@ PACKAGES = [
     "fairseq_moe_opt.parallel",
     "fairseq_moe_opt.placement",
     "fairseq_moe_opt.placement.strategies",
+    "fairseq_moe_opt.profiling",
     "fairseq_moe_opt.tasks",
     "hf_integration",
     "hf_integration.families",

@@ -36,6 +36,8 @@ _BUFFERING_ONLY: Mapping[str, object] = {
 }
 """Options without effect while all experts stay in memory, and their defaults."""
 
+_YES_OR_NO = ("yes", "no", "true", "false", "on", "off", "0", "1")
+
 PAGE_CACHE = "page-cache"
 """The host memory that the operating system manages."""
 
@@ -92,8 +94,9 @@ class MoEOptions:
     """file that the experts each forward needs, and their rows, are recorded in, for warm_start, moe-opt cache and
     moe-opt place."""
 
-    profile: bool = False
-    """time routing, dispatch, experts and combine of every layer; the times are in the report."""
+    profile: bool | str = False
+    """time routing, dispatch, experts and combine of every layer, for the report; or a folder: a profile of everything
+    that ran is written there in the end, as pictures, a page and JSON."""
 
     report: str | None = None
     """file that the report of each generate call is written to, as JSON."""
@@ -105,11 +108,16 @@ class MoEOptions:
             value = getattr(self, name)
             if value not in choices:
                 raise OptionError(name, f"{value!r} is not one of {', '.join(choices)}")
-        if not isinstance(self.profile, bool):
-            raise OptionError("profile", f"{self.profile!r} is not true or false")
+        if not _is_folder_or_bool(self.profile):
+            raise OptionError("profile", f"{self.profile!r} is not true or false, nor a folder")
         if self.gating == "static" and self.kernel != "auto":
             raise OptionError("kernel", f"{self.kernel!r} has no effect with gating='static'; leave it at 'auto'")
         self._check_buffering()
+
+    @property
+    def profile_folder(self) -> str | None:
+        """Where a profile is written to; None where there is to be none."""
+        return self.profile if isinstance(self.profile, str) else None
 
     @property
     def buffered(self) -> bool:
@@ -168,6 +176,13 @@ def _size(option: str, value: object) -> str:
             raise OptionError(option, "'all' is not a size; 100% holds every expert")
         return str(value)
     raise OptionError(option, f"{value!r} is not a size such as '2GiB' or '25%'")
+
+
+def _is_folder_or_bool(value: object) -> bool:
+    """Words that mean true or false elsewhere are taken for a mistake, not for a folder."""
+    if isinstance(value, str):
+        return bool(value.strip()) and value.strip().lower() not in _YES_OR_NO
+    return isinstance(value, bool)
 
 
 def option_names() -> tuple[str, ...]:

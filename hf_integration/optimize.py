@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +21,11 @@ from fairseq_moe_opt.moe.trace import TraceLayer, TraceRecorder, write_trace
 from fairseq_moe_opt.options import MoEOptions
 from fairseq_moe_opt.parallel import ExpertSpread
 from fairseq_moe_opt.presets import with_preset
+from fairseq_moe_opt.profiling import ALL_CALLS, Profile, Profiler, check_folder, write_profile
 from hf_integration.expert_dtypes import require_scales
 from hf_integration.families import family_of
 from hf_integration.patching import Installed, Patches
+from hf_integration.profiling import about, profiler_for, weights_of
 from hf_integration.synced import SyncedDecoding
 
 
@@ -45,6 +50,14 @@ class Handle:
         self._installed = installed
         self._seconds = 0.0
         self._recorder = self.record() if options.trace is not None else None
+        self._profiler: Profiler | None = None
+        if options.profile_folder is not None:
+            check_folder(Path(options.profile_folder), "profile")
+            self._profiler = self.profiler()
+            self._profiler.attach()
+            self._profiler.record_memory()
+            self._profiler.begin(ALL_CALLS)
+            atexit.register(self.write_profile)
 
     @property
     def active(self) -> bool:
@@ -76,12 +89,21 @@ class Handle:
             torch.cuda.reset_peak_memory_stats(self._device())
 
     def undo(self) -> None:
-        """Make the model exactly what it was: forwards, signatures, parameters' storage. A second call does nothing."""
+        """Make the model exactly what it was: forwards, signatures, parameters' storage. A second call does nothing.
+
+        A profile that the options ask for is written before.
+        """
+        if self._profiler is not None and self._profiler.is_attached:
+            atexit.unregister(self.write_profile)
+            self.write_profile()
+            self._profiler.detach()
         self._installed.patches.undo()
 
     def finish_call(self, seconds: float) -> None:
         """Note the wall time of a generate call, and write the report and the trace where the options ask for them."""
         self._seconds = seconds
+        if self._profiler is not None and self._profiler.current is not None:
+            self._profiler.current.seconds += seconds
         if self.options.report is not None:
             write_report(self.report(), self._own(self.options.report))
         if self.options.trace is not None and self._recorder is not None:
@@ -105,6 +127,39 @@ class Handle:
         for layer in self._installed.layers:
             layer.observe(recorder)
         return recorder
+
+    def profiler(self) -> Profiler:
+        """A profiler for this model, to be attached while something is to be looked at."""
+        return profiler_for(self._model, self._installed.layers)
+
+    def profile_of(self, profiler: Profiler) -> Profile:
+        """What ``profiler`` saw, with what there is to say of the model."""
+        installed = self._installed
+        weights = weights_of(self._model, installed.expert_bytes, installed.buffer)
+        return Profile.of(profiler, about(self._model, installed.family, self.options.to_dict()), weights)
+
+    @contextmanager
+    def profile_input(self, label: str) -> Iterator[None]:
+        """What is generated in the ``with`` block is profiled as the input ``label``, to be compared with others.
+
+        OptionError unless the option ``profile`` names a folder.
+        """
+        if self._profiler is None:
+            raise OptionError("profile", "names no folder, so that nothing is profiled: give it one when optimising")
+        with self._profiler.input(label):
+            yield
+
+    def write_profile(self) -> None:
+        """Write the profile of everything so far, if anything ran, to the folder that the option ``profile`` names.
+
+        The same happens when the model is undone, and when the process ends.
+        """
+        folder = self.options.profile_folder
+        if folder is None or self._profiler is None:
+            return
+        profile = self.profile_of(self._profiler)
+        if profile.inputs:
+            write_profile(profile, Path(self._own(folder)))
 
     @property
     def patches(self) -> Patches:

@@ -4,7 +4,14 @@ The only room that knows every other one; cross-checks happen here, before the f
 """
 
 from fairseq_moe_opt.build.buffers import ExpertBuffer, ExpertLayer, build_buffer, connect_routers, slots_of
-from fairseq_moe_opt.build.layers import EXPERT_DTYPES, AnyRouter, LayerSpec, build_layer, needs_packed_experts
+from fairseq_moe_opt.build.layers import (
+    EXPERT_DTYPES,
+    AnyRouter,
+    LayerSpec,
+    build_layer,
+    capacity_fraction,
+    needs_packed_experts,
+)
 from fairseq_moe_opt.build.spread import spread_experts
 
 __all__ = [
@@ -15,6 +22,7 @@ __all__ = [
     "LayerSpec",
     "build_buffer",
     "build_layer",
+    "capacity_fraction",
     "connect_routers",
     "needs_packed_experts",
     "slots_of",

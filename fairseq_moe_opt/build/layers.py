@@ -94,12 +94,13 @@ def build_layer(
         expert_masking=spec.expert_masking,
         final_masking=spec.final_masking,
         dropout=spec.dropout,
+        checkpoint_capacity=capacity_fraction(spec.router),
     )
     counters = LayerCounters(
         spec.name,
         spec.phase,
         spec.router.num_experts,
-        options.profile,
+        options.profile is True,
         exchange=None if used is None else used.counters,
         cache=cache,
     )
@@ -128,6 +129,15 @@ def _require_expert_dtype(layer: str, option: str, dtype: torch.dtype) -> None:
             f"{option!r} takes effect where weights are read (hf_integration.from_pretrained, moe-opt convert), but "
             f"the experts of {layer} are here as {str(dtype).removeprefix('torch.')}; leave it at 'checkpoint'",
         )
+
+
+def capacity_fraction(router: AnyRouter) -> float | None:
+    """C of the checkpoint's own rule as a share of a batch's rows; None where it depends on something else."""
+    if isinstance(router, SoftmaxTopKRouter) or router.capacity is None or router.capacity.eval_length is not None:
+        return None
+    if router.capacity.eval_token_fraction > 0:
+        return router.capacity.eval_token_fraction
+    return router.top_k / router.num_experts if router.capacity.fixed is None else None
 
 
 def _router(router: AnyRouter, options: MoEOptions) -> AnyRouter:

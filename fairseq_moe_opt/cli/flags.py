@@ -29,6 +29,9 @@ _METAVARS: Mapping[str, str] = {
 }
 
 
+_PROFILE_HELP = "time routing, dispatch, experts and combine of every layer; moe-opt profile shows much more"
+
+
 class Dtype(str, enum.Enum):
     """Dtypes that weights can have in memory or be stored in."""
 
@@ -101,11 +104,13 @@ def _flag(name: str) -> inspect.Parameter:
     defaults = {field.name: field.default for field in fields(MoEOptions)}
     kind: Any = get_type_hints(MoEOptions).get(name, str)
     choices = field_choices().get(name)
+    if name == "profile":
+        kind = bool  # moe-opt has a command of its own that writes to a folder
     if choices is not None:
         kind = enum.Enum(name, {choice: choice for choice in choices}, type=str)  # type: ignore[misc, no-redef]
     flag = typer.Option(
         flag_name(name),
-        help={**field_help(), PRESET: PRESET_HELP}[name],
+        help={**field_help(), PRESET: PRESET_HELP, "profile": _PROFILE_HELP}[name],
         metavar=_METAVARS.get(name),
         show_default=str(defaults[name]) if defaults.get(name) else False,
         rich_help_panel=PANEL,

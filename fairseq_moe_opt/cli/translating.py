@@ -98,7 +98,7 @@ def translate_file(job: Translation, say: Callable[[str], None], part: Part = Pa
         ):
             output.write(line)
     warnings.finish()
-    if options.profile:
+    if options.profile is True:
         report = model.moe.report()
         steps = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in report.step_seconds.items())
         say(f"{report.seconds:.2f} s, of which in Mixture-of-Experts layers: {steps}")

@@ -90,7 +90,8 @@ class MoEArguments(FairseqDataclass):
 
 
 def _runtime_field(name: str) -> tuple[str, Any, Any]:
-    kind = Optional[bool] if name == "profile" else Optional[str]
+    # Not a Union of bool and str, which omegaconf does not know.
+    kind = Optional[Any] if name == "profile" else Optional[str]
     return f"moe_{name}", kind, field(default=None, metadata={"help": field_help()[name]})
 
 

@@ -17,7 +17,8 @@ from fairseq_moe_opt.models._file_experts import FileExperts, MetaExperts, refus
 from fairseq_moe_opt.models._losses import note_cmr_gate, note_gate_loss, wants_gate_losses
 from fairseq_moe_opt.moe import CapacityRule, GShardTop2Router, MoELayer, SoftmaxTopKRouter, Top1Router
 from fairseq_moe_opt.moe.module_experts import ModuleExperts, PackedModuleExperts
-from fairseq_moe_opt.moe.protocols import RoutingObserver
+from fairseq_moe_opt.moe.protocols import RoutingObserver, StepWatch
+from fairseq_moe_opt.moe.report import Watch
 from fairseq_moe_opt.options import MoEOptions
 
 
@@ -79,6 +80,7 @@ class MoEBlock(nn.Module):
         if options.buffered:
             self.register_state_dict_pre_hook(refuse_state_dict)
         self._observers: tuple[RoutingObserver, ...] = ()
+        self._watch: StepWatch | None = None
         self._engine: MoELayer | None = None
         self._store: ModuleExperts | BufferedExperts | None = None
         self._files: FileExperts | None = None
@@ -116,6 +118,21 @@ class MoEBlock(nn.Module):
         """Tell ``observer`` of every routing from now on."""
         self._observers = (*self._observers, observer)
         self._engine = None
+
+    def stop_observing(self, observer: RoutingObserver) -> None:
+        """Tell ``observer`` nothing any more."""
+        self._observers = tuple(one for one in self._observers if one is not observer)
+        self._engine = None
+
+    def watch(self, watch: StepWatch | None) -> None:
+        """Tell ``watch`` of every step from now on; None ends that."""
+        self._watch = watch
+        if self._engine is not None:
+            self._engine.watch(watch)
+
+    def watch_experts(self, watch: Watch | None) -> None:
+        """Run experts one at a time in the contexts that ``watch`` gives, until the engine's layer is made again."""
+        self.engine.watch_experts(watch)
 
     def run_as(self, options: MoEOptions) -> None:
         """Run as ``options`` say from the next forward on; counters start anew.
@@ -184,7 +201,7 @@ class MoEBlock(nn.Module):
             buffer = self._files.buffer(device, dtype)
             if self._engine is None or self._store is not buffer.stores[name]:
                 self._store = buffer.stores[name]
-                self._engine = build_layer(self.spec.layer, self.options, self.gate, self._store, self._observers)
+                self._engine = self._over(self._store)
                 connect_routers([self._engine], [self._quiet_gate], buffer)
             return self._engine
 
@@ -198,7 +215,12 @@ class MoEBlock(nn.Module):
         experts = [cast(Expert, expert) for expert in self.experts]
         pairs = [(expert.fc1, expert.fc2) for expert in experts]
         self._store = PackedModuleExperts(pairs) if packed else ModuleExperts(pairs)
-        return build_layer(self.spec.layer, self.options, self.gate, self._store, self._observers)
+        return self._over(self._store)
+
+    def _over(self, store: ModuleExperts | BufferedExperts) -> MoELayer:
+        layer = build_layer(self.spec.layer, self.options, self.gate, store, self._observers)
+        layer.watch(self._watch)
+        return layer
 
 
 def _fill_batch(tokens: Tensor, mask: Tensor | None, missing: int) -> tuple[Tensor, Tensor]:

@@ -82,7 +82,7 @@ def _add_flags(parser: ArgumentParser, loads: bool) -> None:
     for argument, option in RUNTIME_ARGUMENTS.items():
         flag, text = "--" + argument.replace("_", "-"), field_help()[option].replace("%", "%%")
         if option == "profile":
-            group.add_argument(flag, action="store_true", default=None, help=text)
+            group.add_argument(flag, nargs="?", const=True, default=None, metavar="DIR", help=text)
         else:
             group.add_argument(flag, choices=argument_choices(argument), default=None, help=text)
     if loads:

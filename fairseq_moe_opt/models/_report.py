@@ -6,8 +6,10 @@ import atexit
 import time
 import weakref
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from fairseq_moe_opt.checkpoints import CheckpointIndex
@@ -16,9 +18,11 @@ from fairseq_moe_opt.errors import MoEError
 from fairseq_moe_opt.models._arguments import IMPLIED_BY
 from fairseq_moe_opt.models._block import MoEBlock
 from fairseq_moe_opt.models._file_experts import FileExperts, locate
+from fairseq_moe_opt.models._profiling import started_profiler, weights_of
 from fairseq_moe_opt.moe.report import Report, peak_memory, tokens_by_phase, write_report
 from fairseq_moe_opt.moe.trace import TraceLayer, TraceRecorder, write_trace
 from fairseq_moe_opt.options import MoEOptions
+from fairseq_moe_opt.profiling import Profile, Profiler, check_folder, write_profile
 
 FAMILY = "fairseq-transformer"
 
@@ -38,6 +42,11 @@ class ModelHandle:
         self._model = weakref.ref(model)
         self._files: FileExperts | None = None
         self._recorder = None if options.trace is None else self._record()
+        self._profiler: Profiler | None = None
+        self._profile_folder = options.profile_folder
+        if options.profile_folder is not None:
+            check_folder(Path(options.profile_folder), "--moe-profile")
+            self._profiler = started_profiler(model, self.blocks)
         self._start = time.perf_counter()
 
     @property
@@ -99,7 +108,7 @@ class ModelHandle:
 
     def write_at_exit(self) -> None:
         """Write report and trace where the options ask for them when the process ends: a command line is one."""
-        if self.options.report is not None or self.options.trace is not None:
+        if (self.options.report, self.options.trace, self.options.profile_folder) != (None, None, None):
             atexit.register(self._write, self.options.report, self.options.trace, self._model())
 
     def _record(self) -> TraceRecorder:
@@ -108,6 +117,25 @@ class ModelHandle:
         for block in self.blocks:
             block.observe(recorder)
         return recorder
+
+    def profile(self) -> Profile | None:
+        """Everything that ran so far; None unless the option ``profile`` names a folder."""
+        if self._profiler is None:
+            return None
+        model, weight = self._model(), self.blocks[0].gate.wg.weight
+        buffer = None if self._files is None else self._files.buffer(weight.device, weight.dtype).report
+        experts = sum(block.expert_bytes for block in self.blocks)
+        weights = weights_of(model, experts, None if buffer is None else buffer.arena_bytes)
+        about = {
+            "model": type(model).__name__ if self.checkpoint is None else str(self.checkpoint.path),
+            "family": FAMILY,
+            "dtype": str(weight.dtype).removeprefix("torch."),
+            "device": str(weight.device),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "options": self.options.to_dict(),
+        }
+        return Profile.of(self._profiler, about, weights)
 
     def _write(self, report: str | None, trace: str | None, _model: nn.Module | None) -> None:
         # The last argument keeps the model alive until then.
@@ -119,6 +147,9 @@ class ModelHandle:
         with suppress(MoEError):
             if report is not None:
                 write_report(self.report(), report)
+            profile = self.profile()
+            if self._profile_folder is not None and profile is not None and profile.inputs:
+                write_profile(profile, Path(self._profile_folder))
 
     def __deepcopy__(self, memo: dict[int, object]) -> None:
         return None

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager as Context
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 COUNTS, DISPATCH, COMBINE = "counts", "dispatch", "combine"
@@ -59,13 +62,23 @@ class ExchangeReport:
 
 
 class ExchangeCounters:
-    """Running sums of one layer's exchange; safe to add to from several threads."""
+    """Running sums of one layer's exchange; safe to add to from several threads.
+
+    Attributes:
+        watch: gives the context that a collective is started or waited for in, by its direction; None while nobody
+            looks.
+    """
 
     def __init__(self, kind: str, rank: int, num_ranks: int, num_slots: int) -> None:
         self._identity = (kind, rank, num_ranks)
         self._num_slots = num_slots
         self._lock = threading.Lock()
+        self.watch: Callable[[str], Context[None]] | None = None
         self.reset()
+
+    def timed(self, direction: str) -> Context[None]:
+        """The context for a collective of ``direction``; does nothing while nobody looks."""
+        return nullcontext() if self.watch is None else self.watch(direction)
 
     def reset(self) -> None:
         """Forget everything counted so far."""

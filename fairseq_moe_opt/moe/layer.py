@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -21,11 +21,12 @@ from fairseq_moe_opt.moe.protocols import (
     PaddedExchange,
     Router,
     RoutingObserver,
+    StepWatch,
     TokenExchange,
 )
-from fairseq_moe_opt.moe.report import LayerCounters
+from fairseq_moe_opt.moe.report import LayerCounters, Watch
 from fairseq_moe_opt.moe.static_gating import static_moe
-from fairseq_moe_opt.moe.types import Dispatch, Routing, Segment
+from fairseq_moe_opt.moe.types import Dispatch, ExpertWave, Routing, Segment
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class LayerConfig:
             whole expert rows are zeroed with probability p in training.
         final_masking: FOM probability, the same on the layer's output, token by token in training.
         dropout: inside each expert, in training.
+        checkpoint_capacity: rows an expert may serve at evaluation by the checkpoint's own rule, as a share of a
+            batch's: what is said of it, whatever the router does. None where it has no such rule.
     """
 
     activation: str = "relu"
@@ -48,6 +51,7 @@ class LayerConfig:
     expert_masking: float = 0.0
     final_masking: float = 0.0
     dropout: ExpertDropout = NO_DROPOUT
+    checkpoint_capacity: float | None = None
 
     def __post_init__(self) -> None:
         check_activation(self.activation)
@@ -100,6 +104,23 @@ class MoELayer:
         """Tell ``observer`` of every routing from now on."""
         self._observers = (*self._observers, observer)
 
+    def watch(self, watch: StepWatch | None) -> None:
+        """Tell ``watch`` of every step from now on; None ends that, and leaves nothing behind."""
+        counters, exchanges = self.counters, (self.exchange, self.padded_exchange)
+        name, phase = counters.name, counters.phase
+        counters.watch = None if watch is None else partial(watch.step, name, phase)
+        for exchange in exchanges:
+            if exchange.counters is not None:
+                exchange.counters.watch = None if watch is None else partial(watch.exchange, name, phase)
+
+    def watch_experts(self, watch: Watch | None) -> None:
+        """Run the experts of a wave one at a time, each in the context that ``watch`` gives for its number; or not."""
+        self.counters.expert_watch = watch
+
+    def stop_observing(self, observer: RoutingObserver) -> None:
+        """Tell ``observer`` nothing any more; one that was told nothing anyway changes nothing."""
+        self._observers = tuple(one for one in self._observers if one is not observer)
+
     def __call__(
         self,
         tokens: Tensor,
@@ -131,10 +152,10 @@ class MoELayer:
     def _static(self, tokens: Tensor, routing: Routing, masked: Routing, dropout: ExpertDropout) -> Tensor:
         with self.counters.timed("dispatch", tokens.device):
             plan = dispatching.plan(routing)
-        with self.counters.timed("experts", tokens.device):
-            output, computed = static_moe(
-                tokens, masked, self.store, self.config.activation, self.padded_exchange, dropout
-            )
+        timed = partial(self.counters.timed, device=tokens.device)
+        output, computed = static_moe(
+            tokens, masked, self.store, self.config.activation, self.padded_exchange, dropout, timed
+        )
         self._count(tokens, routing, plan, computed, "static")
         self._tell_what_is_next(tokens, plan)
         return output
@@ -172,13 +193,25 @@ class MoELayer:
         on_host = HostWaves(rows, kernel)
         by_expert = {segment.expert: segment for segment in segments}
         counts = tuple(segment.stop - segment.start for segment in segments)
-        for wave in self.store.waves(tuple(by_expert), rows.shape[0], counts):
+        for wave in self.counters.fetching(self.store.waves(tuple(by_expert), rows.shape[0], counts)):
             due = tuple(by_expert[expert] for expert in wave.experts)
             if wave.on_host:
                 on_host.run(due, wave, self.config.activation, results[:-1])
             else:
-                kernel.run(rows, due, wave, self.config.activation, results[:-1])
+                self._run(kernel, rows, due, wave, results[:-1])
         return results
+
+    def _run(
+        self, kernel: ExpertKernel, rows: Tensor, due: Sequence[Segment], wave: ExpertWave, results: Tensor
+    ) -> None:
+        """All experts of a wave in one go, or one by one where each is to be timed."""
+        watch = self.counters.expert_watch
+        if watch is None:
+            kernel.run(rows, due, wave, self.config.activation, results)
+            return
+        for segment in due:
+            with watch(str(segment.expert)):
+                kernel.run(rows, (segment,), wave, self.config.activation, results)
 
     def _experts_autograd(self, dropout: ExpertDropout, rows: Tensor, segments: tuple[Segment, ...]) -> Tensor:
         """The same with gradients, dropout and under autocast: results concatenated instead of written in place."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager as Context
 from typing import Protocol
 
 import torch
@@ -160,3 +161,13 @@ class RoutingObserver(Protocol):
 
     def observe(self, layer: str, routing: Routing, dispatch: Dispatch) -> None:
         """Called once a forward of layer ``layer``, after planning."""
+
+
+class StepWatch(Protocol):
+    """Runs every step of a layer in a context of its own; looks, never steers."""
+
+    def step(self, layer: str, phase: str, step: str) -> Context[None]:
+        """The context of a step of ``report.STEPS``, or of waiting for weights (``report.FETCH``) within one."""
+
+    def exchange(self, layer: str, phase: str, direction: str) -> Context[None]:
+        """The context of starting or waiting for a collective of a direction of ``exchange_report.DIRECTIONS``."""

@@ -9,11 +9,12 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager as Context
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -23,6 +24,14 @@ from fairseq_moe_opt.moe.types import Dispatch
 
 STEPS = ("routing", "dispatch", "experts", "combine")
 """The steps of a layer that are timed when profiling is on."""
+
+FETCH = "fetch"
+"""Waiting for weights, within ``experts``: only told to a watch."""
+
+Watch = Callable[[str], Context[None]]
+"""Gives the context to run a step in, by the step's name."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -68,7 +77,12 @@ class LayerReport:
 
 @dataclass
 class LayerCounters:
-    """Running sums of one layer; safe to add to from several threads."""
+    """Running sums of one layer; safe to add to from several threads.
+
+    Attributes:
+        watch: is told of every step in place of the sums of seconds, which then stay empty; None while nobody looks.
+        expert_watch: runs experts one at a time, each in the context that it gives for ``str(expert)``.
+    """
 
     name: str
     phase: str
@@ -79,6 +93,8 @@ class LayerCounters:
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def __post_init__(self) -> None:
+        self.watch: Watch | None = None
+        self.expert_watch: Watch | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -112,7 +128,13 @@ class LayerCounters:
 
     def timed(self, step: str, device: torch.device) -> Context[None]:
         """Add the time of the ``with`` block to ``step``; does nothing unless profiling is on."""
+        if self.watch is not None:
+            return self.watch(step)
         return self._timed(step, device) if self.profile else nullcontext()
+
+    def fetching(self, waves: Iterator[T]) -> Iterator[T]:
+        """``waves``, and waiting for each of them is told to the watch."""
+        return waves if self.watch is None else _watched(waves, self.watch)
 
     @contextmanager
     def _timed(self, step: str, device: torch.device) -> Iterator[None]:
@@ -154,6 +176,15 @@ class LayerCounters:
                 exchange=exchange,
                 cache=cache,
             )
+
+
+def _watched(waves: Iterator[T], watch: Watch) -> Iterator[T]:
+    while True:
+        with watch(FETCH):
+            wave = next(waves, None)
+        if wave is None:
+            return
+        yield wave
 
 
 def _finish(device: torch.device) -> None:

@@ -7,6 +7,10 @@ with; nothing else uses it. Its cost is T*E*C in memory and E*C*D in rows, where
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager as Context
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -51,26 +55,31 @@ def static_moe(
     activation: str,
     exchange: PaddedExchange,
     dropout: ExpertDropout = NO_DROPOUT,
+    timed: Callable[[str], Context[None]] = lambda _: nullcontext(),
 ) -> tuple[Tensor, int]:
     """(T, D) tokens through all experts at C rows each, agreed among ranks; differentiable on one rank.
 
     Ranks with fewer tokens pad to the C of the largest one, as the branches do; unlike there, each rank drops by its
-    own capacity. Returns (T, D), and the rows that this rank computed.
+    own capacity. ``timed`` gives the context of a step by its name, as of ``report.STEPS``. Returns (T, D), and the
+    rows that this rank computed.
     """
     num_tokens, width = tokens.shape
     num_experts = routing.num_experts
     capacity = exchange.capacity(own_capacity(num_tokens, routing.capacity))
     if capacity == 0:
         return torch.zeros_like(tokens), 0
-    combine = combine_weights(routing, capacity).to(tokens.dtype)
-    dispatch = combine.bool().permute(1, 2, 0).reshape(num_experts * capacity, num_tokens)
-    buffers = torch.mm(dispatch.to(tokens.dtype), tokens).view(num_experts, capacity, width)
-    arrived = exchange.dispatch(buffers.to(compute_dtype(store.dtype, tokens.dtype)))
-    outputs: dict[int, Tensor] = {}
-    for wave in store.waves(range(arrived.shape[0])):
-        for expert, weights in zip(wave.experts, wave.weights, strict=True):
-            outputs[expert] = expert_ffn(arrived[expert], weights, activation, dropout)
-    stacked = torch.stack([outputs[expert] for expert in range(arrived.shape[0])])
-    returned = exchange.combine(stacked).reshape(-1, width).to(tokens.dtype)
-    output = torch.mm(combine.reshape(num_tokens, num_experts * capacity), returned)
+    with timed("dispatch"):
+        combine = combine_weights(routing, capacity).to(tokens.dtype)
+        dispatch = combine.bool().permute(1, 2, 0).reshape(num_experts * capacity, num_tokens)
+        buffers = torch.mm(dispatch.to(tokens.dtype), tokens).view(num_experts, capacity, width)
+        arrived = exchange.dispatch(buffers.to(compute_dtype(store.dtype, tokens.dtype)))
+    with timed("experts"):
+        outputs: dict[int, Tensor] = {}
+        for wave in store.waves(range(arrived.shape[0])):
+            for expert, weights in zip(wave.experts, wave.weights, strict=True):
+                outputs[expert] = expert_ffn(arrived[expert], weights, activation, dropout)
+        stacked = torch.stack([outputs[expert] for expert in range(arrived.shape[0])])
+    with timed("combine"):
+        returned = exchange.combine(stacked).reshape(-1, width).to(tokens.dtype)
+        output = torch.mm(combine.reshape(num_tokens, num_experts * capacity), returned)
     return output, arrived.shape[0] * arrived.shape[1]

@@ -39,23 +39,39 @@ class MeteredCollectives:
         """``Collectives.all_to_all``, counted as ``direction``."""
         own = self._own_elements(received, received_splits), self._own_elements(sent, sent_splits)
         self.counters.add(direction, traffic_of(received, sent, *own))
-        return self._ranks.all_to_all(received, sent, received_splits, sent_splits)
+        with self.counters.timed(direction):
+            pending = self._ranks.all_to_all(received, sent, received_splits, sent_splits)
+        return pending if self.counters.watch is None else _TimedPending(pending, self.counters, direction)
 
     def add_up(self, direction: str, tensor: Tensor) -> None:
         """``Collectives.add_up``, counted as ``direction``."""
         own = tensor.numel() if self.size == 1 else 0
         self.counters.add(direction, traffic_of(tensor, tensor, own, own))
-        self._ranks.add_up(tensor)
+        with self.counters.timed(direction):
+            self._ranks.add_up(tensor)
 
     def maximum(self, direction: str, value: int) -> int:
         """``Collectives.maximum``, counted as ``direction``: one int64."""
         away = 0 if self.size == 1 else 8
         self.counters.add(direction, Traffic(1, 1, 1, 8, 8, away, away))
-        return self._ranks.maximum(value)
+        with self.counters.timed(direction):
+            return self._ranks.maximum(value)
 
     def _own_elements(self, tensor: Tensor, splits: Sequence[int] | None) -> int:
         rows = tensor.shape[0] // self.size if splits is None else splits[self.rank]
         return rows * prod(tensor.shape[1:])
+
+
+class _TimedPending:
+    """A collective under way, waiting for which is timed."""
+
+    def __init__(self, pending: Pending, counters: ExchangeCounters, direction: str) -> None:
+        self._pending, self._counters, self._direction = pending, counters, direction
+
+    def wait(self) -> None:
+        """Wait for it."""
+        with self._counters.timed(self._direction):
+            self._pending.wait()
 
 
 def traffic_of(received: Tensor, sent: Tensor, own_received: int, own_sent: int) -> Traffic:
