@@ -114,7 +114,7 @@ def generate_unequal_shares(num_beams: int) -> tuple[list[list[int]], dict[str, 
     return [output.tolist() for output in outputs], routed_rows(model)
 
 
-@pytest.mark.parametrize("num_beams", [1, 2])
+@pytest.mark.parametrize("num_beams", [1, 2, 4])
 def test_ranks_with_more_and_fewer_batches_and_none(num_beams: int) -> None:
     results = values_of(start_ranks(3, generate_unequal_shares, num_beams, **PATIENCE))
     model = load(parallel=False)
@@ -128,13 +128,12 @@ def test_ranks_with_more_and_fewer_batches_and_none(num_beams: int) -> None:
         assert all(rows[name] <= own[name] for name in LAYERS[2:])
         if rank == 1:
             assert set(rows.values()) == {0}
-    if num_beams == 1:
-        assert results[0][1][LAYERS[3]] < _routed_alone(model, 0)
+    assert results[0][1][LAYERS[3]] < _routed_alone(model, 0, num_beams)
 
 
-def _routed_alone(model: Any, rank: int) -> int:
+def _routed_alone(model: Any, rank: int, num_beams: int) -> int:
     model.moe.reset()
-    generate_batches(model, batches_of(rank), **settings(1))
+    generate_batches(model, batches_of(rank), **settings(num_beams))
     return routed_rows(model)[LAYERS[3]]
 
 
