@@ -32,9 +32,9 @@ from tests.helpers.text_samples import DEMO, demo_lines
 
 pytestmark = pytest.mark.dist
 
-BATCH = 8
-SHARDS = {2: (6, 2), 3: (5, 0, 3), 4: (4, 1, 0, 3)}
-"""Of 8 batches, how many each rank has."""
+BATCH = 16
+SHARDS = {2: (3, 1), 3: (2, 0, 2), 4: (1, 2, 0, 1)}
+"""Of 4 batches, how many each rank has."""
 
 PATIENCE = {"timeout": 120.0, "deadline": 400.0}
 
@@ -63,7 +63,7 @@ def demo_model() -> Model:
     tokenizer = load_tokenizer(DEMO / "model")
     texts = [line for line in dict.fromkeys(demo_lines()[::2]) if line.strip()][:64]
     rows, forced = encode_texts(tokenizer, texts, {"src_lang": "eng_Latn", "tgt_lang": "fra_Latn"})
-    settings = {"num_beams": 1, "max_new_tokens": 6, "forced_bos_token_id": forced}
+    settings = {"num_beams": 1, "max_length": 8, "forced_bos_token_id": forced}
     return Model(str(DEMO / "model"), batches_of(rows, tokenizer.pad_token_id), settings)
 
 
@@ -73,7 +73,7 @@ def tiny(folder: Path) -> Model:
     generator = torch.Generator().manual_seed(3)
     lengths = torch.randint(1, 12, (64,), generator=generator).tolist()
     rows = [torch.randint(4, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
-    return Model(str(folder), batches_of(rows, 1), {"num_beams": 1, "max_new_tokens": 6})
+    return Model(str(folder), batches_of(rows, 1), {"num_beams": 1, "max_length": 8})
 
 
 def batches_of(rows: Sequence[Sequence[int]], padding: int) -> tuple[dict[str, Tensor], ...]:
