@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,11 @@ from tests.helpers.text_samples import DEMO, demo_lines
 
 pytestmark = pytest.mark.dist
 
-BATCH = 16
-SHARDS = {2: (3, 1), 3: (2, 0, 2), 4: (1, 2, 0, 1)}
-"""Of 4 batches, how many each rank has."""
+BATCHES = (28, 12, 24)
+"""Sentences of each batch, 64 together."""
+
+SHARDS = {2: (2, 1), 3: (2, 0, 1), 4: (1, 0, 1, 1)}
+"""How many of the batches each rank has."""
 
 PATIENCE = {"timeout": 120.0, "deadline": 400.0}
 
@@ -77,7 +80,8 @@ def tiny(folder: Path) -> Model:
 
 
 def batches_of(rows: Sequence[Sequence[int]], padding: int) -> tuple[dict[str, Tensor], ...]:
-    padded = [pad_rows(rows[first : first + BATCH], padding) for first in range(0, len(rows), BATCH)]
+    left = iter(rows)
+    padded = [pad_rows(list(islice(left, size)), padding) for size in BATCHES]
     return tuple({"input_ids": ids, "attention_mask": mask} for ids, mask in padded)
 
 
