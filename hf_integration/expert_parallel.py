@@ -11,10 +11,11 @@ import torch
 
 from fairseq_moe_opt.build import spread_experts
 from fairseq_moe_opt.checkpoints import CheckpointIndex, checkpoint_fingerprint
+from fairseq_moe_opt.errors import OptionError
 from fairseq_moe_opt.moe.kernels import choose_kernel
 from fairseq_moe_opt.moe.trace import TraceLayer
 from fairseq_moe_opt.options import MoEOptions
-from fairseq_moe_opt.parallel import Collectives, ExpertSpread, agree, follow_first
+from fairseq_moe_opt.parallel import ALL_TO_ALL, EXCHANGES, Collectives, ExpertSpread, agree, follow_first
 from fairseq_moe_opt.placement import Placement
 
 _OF_ONE_RANK = ("report", "trace")
@@ -23,15 +24,24 @@ _OF_ONE_RANK = ("report", "trace")
 
 @dataclass(frozen=True)
 class ExpertParallel:
-    """Experts spread over ranks, each of which has batches of its own.
+    """Experts spread over ranks.
 
     Attributes:
         ranks: that share the experts, usually a :class:`~fairseq_moe_opt.parallel.ProcessGroupRanks`.
         placement: which rank holds which expert; None gives them away in order, in equal parts.
+        exchange: ``all-to-all`` for ranks with batches of their own: tokens go to the ranks that hold their experts.
+            ``all-reduce`` for ranks that are all given the same batch, and all get its result: a layer takes one
+            collective, which is quicker for the few rows of a small batch, and nothing is computed twice but the
+            dense part. OptionError for another name.
     """
 
     ranks: Collectives
     placement: Placement | None = None
+    exchange: str = ALL_TO_ALL
+
+    def __post_init__(self) -> None:
+        if self.exchange not in EXCHANGES:
+            raise OptionError("exchange", f"{self.exchange!r} is not one of {', '.join(EXCHANGES)}")
 
 
 @dataclass(frozen=True)
@@ -60,7 +70,7 @@ def spread_over_ranks(
     """
     agree(parallel.ranks, _facts(parallel, compared))
     spread = spread_experts(layers, parallel.ranks, compared.options, parallel.placement)
-    return spread, _with_choices(compared, parallel.ranks, device)
+    return replace(spread, kind=parallel.exchange), _with_choices(compared, parallel.ranks, device)
 
 
 def _facts(parallel: ExpertParallel, compared: Compared) -> Mapping[str, str]:
@@ -70,6 +80,7 @@ def _facts(parallel: ExpertParallel, compared: Compared) -> Mapping[str, str]:
         "config.json": _short(compared.config.to_json_string(use_diff=False)),
         "dtype": " and ".join(map(str, dict.fromkeys(compared.dtype))),
         "placement": _placement_name(parallel.placement),
+        "exchange": parallel.exchange,
         **{f"option {name}": str(value) for name, value in options.items()},
     }
 

@@ -6,13 +6,14 @@ its own; the files look as if one process had written them.
 
 from __future__ import annotations
 
+import enum
 import hashlib
+import json
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -25,16 +26,32 @@ from fairseq_moe_opt.checkpoints import checkpoint_fingerprint, open_index
 from fairseq_moe_opt.cli import commands
 from fairseq_moe_opt.cli.flags import taking
 from fairseq_moe_opt.cli.journal import journaled_output, read_journal
-from fairseq_moe_opt.cli.text_files import STANDARD, check_destination, open_lines
+from fairseq_moe_opt.cli.text_files import STANDARD, check_destination, decoded, open_lines
 from fairseq_moe_opt.cli.translating import Output, Part, Translation, translate_file
-from fairseq_moe_opt.errors import InputError, ParallelError
-from fairseq_moe_opt.parallel import ProcessGroupRanks, agree, follow_first
+from fairseq_moe_opt.errors import InputError
+from fairseq_moe_opt.parallel import ALL_REDUCE, ALL_TO_ALL, ProcessGroupRanks, agree, follow_first
 from fairseq_moe_opt.placement import read_placement
+from hf_integration import rank_bench, rank_bench_output
 from hf_integration.expert_parallel import ExpertParallel
-from hf_integration.loading import local_folder
-from hf_integration.translate import WINDOW_BATCHES
+from hf_integration.loading import local_folder, read_config
+from hf_integration.text import check_languages, is_blank, source_limit
+from hf_integration.translate import WINDOW_BATCHES, choose_dtype, encode_texts, load_tokenizer, quiet_host
+from hf_integration.world import join_world, own_device
 
 app = typer.Typer(name="python -m hf_integration.launch", add_completion=False, pretty_exceptions_enable=False)
+
+
+class Exchange(str, enum.Enum):
+    """How ranks share their work."""
+
+    ALL_TO_ALL = ALL_TO_ALL
+    ALL_REDUCE = ALL_REDUCE
+
+
+PlacementFile = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="which rank holds which expert; default: in order, equal parts")
+]
+Timeout = Annotated[float, typer.Option(min=1.0, help="seconds after which a rank that is silent is given up")]
 
 
 @app.callback()
@@ -46,13 +63,16 @@ def root() -> None:
 @taking(commands.translation)
 def translate(
     job: Translation,
-    placement: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="which rank holds which expert; default: in order, equal parts")
-    ] = None,
+    placement: PlacementFile = None,
+    exchange: Annotated[
+        Exchange,
+        typer.Option(
+            help="all-to-all: every rank has batches of its own; all-reduce: all compute each batch together, for few "
+            "lines at a time"
+        ),
+    ] = Exchange.ALL_TO_ALL,
     resume: Annotated[bool, typer.Option("--resume", help="go on where a run that was stopped has left off")] = False,
-    timeout: Annotated[
-        float, typer.Option(min=1.0, help="seconds after which a rank that is silent is given up")
-    ] = 600,
+    timeout: Timeout = 600,
 ) -> None:
     """Translate a file on several ranks; as moe-opt translate, and resumable."""
     if job.source == STANDARD or job.destination is None:
@@ -60,51 +80,93 @@ def translate(
     device = own_device(job.device)
     ranks = join_world(device, timeout)
     with _one_message(), ranks.watched():
-        _translate(replace(job, device=str(device)), job.destination, ranks, placement, resume)
+        parallel = _parallel(ranks, placement, exchange)
+        _translate(replace(job, device=str(device)), job.destination, ranks, parallel, resume)
     dist.destroy_process_group()
 
 
-def own_device(name: str | None) -> torch.device:
-    """The device asked for, else this rank's GPU where there are GPUs, else the CPU."""
-    if name is None and torch.cuda.is_available():
-        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    return torch.device(name or "cpu")
+@app.command()
+@taking(commands.translation)
+def bench(
+    job: Translation,
+    placement: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="placement to compare with experts in order, equal parts")
+    ] = None,
+    exchange: Annotated[
+        list[Exchange] | None, typer.Option(help="only this exchange; repeat for more; default: both")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="timed turns of each way")] = 3,
+    sentences: Annotated[int, typer.Option(min=1, help="sentences to make up where no FILE is given")] = 64,
+    length: Annotated[int, typer.Option(min=1, help="tokens of a made-up sentence, and of its translation")] = 24,
+    timeout: Timeout = 600,
+) -> None:
+    """Time a translation on these ranks: each exchange, without and with a placement. -o writes JSON.
 
-
-def join_world(device: torch.device, timeout: float) -> ProcessGroupRanks:
-    """The ranks that the launcher has started, or this one alone where there was none; ``timeout`` in seconds.
-
-    Raises ParallelError when a launcher announces more processes than it starts, as accelerate does for ``MULTI_CPU``.
+    All ways are in memory at once, and have to give the same tokens before any is timed.
     """
-    if "WORLD_SIZE" not in os.environ and "MASTER_ADDR" in os.environ:
-        raise ParallelError(
-            "the launcher was told to start several processes, but has started one that knows of no other: accelerate "
-            "does so with distributed_type MULTI_CPU; use MULTI_GPU with use_cpu: true, as configs/accelerate/cpu2.yaml"
-        )
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    backend, patience = "nccl" if device.type == "cuda" else "gloo", timedelta(seconds=timeout)
-    if "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=patience)
-    else:
-        dist.init_process_group(backend, "tcp://127.0.0.1:0", timeout=patience, rank=0, world_size=1)
-    return ProcessGroupRanks(device=device, timeout=timeout)
+    for name in ("report", "trace"):
+        if job.options.get(name) is not None:
+            raise InputError(f"--moe-{name} has no effect here: give it to translate")
+    device = own_device(job.device)
+    ranks = join_world(device, timeout)
+    with _one_message(), ranks.watched():
+        found = None if placement is None else read_placement(placement, num_ranks=ranks.size)
+        placements = (None,) if found is None else (None, found)
+        ways = [rank_bench.Way(one.value, where) for where in placements for one in exchange or Exchange]
+        quiet_host()
+        if job.threads is not None:
+            torch.set_num_threads(job.threads)
+        work = _bench_work(job, device, (sentences, length))
+        loading = {"dtype": choose_dtype(job.checkpoint, job.dtype, device), "device": device, **job.options}
+        result = rank_bench.measure(job.checkpoint, loading, work, ways, ranks, rounds)
+        if ranks.rank == 0:
+            rank_bench_output.render(result, commands.output_console())
+            if job.destination is not None:
+                job.destination.write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
+    dist.destroy_process_group()
+
+
+def _parallel(ranks: ProcessGroupRanks, placement: Path | None, exchange: Exchange) -> ExpertParallel | None:
+    """How the experts are spread; None where one process has them all."""
+    found = None if placement is None else read_placement(placement, num_ranks=ranks.size)
+    return None if ranks.size == 1 else ExpertParallel(ranks, found, exchange.value)
 
 
 def _translate(
-    job: Translation, destination: Path, ranks: ProcessGroupRanks, placement: Path | None, resume: bool
+    job: Translation, destination: Path, ranks: ProcessGroupRanks, parallel: ExpertParallel | None, resume: bool
 ) -> None:
     is_first = ranks.rank == 0
     check_destination(destination, "-o")
     content = _content(job)
     agree(ranks, content)
-    found = None if placement is None else read_placement(placement, num_ranks=ranks.size)
-    parallel = None if ranks.size == 1 else ExpertParallel(ranks, found)
     window = job.batch_size * WINDOW_BATCHES
     kept = read_journal(destination, content, window) if resume and is_first else []
     kept = follow_first(ranks, kept)
     output = partial(journaled_output, job=content, kept=kept) if is_first else partial(_no_output, kept=len(kept))
     translate_file(job, commands.say if is_first else _say_nothing, Part(parallel, output, is_first))
+
+
+def _bench_work(job: Translation, device: torch.device, made_up: tuple[int, int]) -> rank_bench.Work:
+    """The sentences of the file, or made-up ones, so many of so many tokens, and as many tokens of each translation."""
+    tokenizer = load_tokenizer(job.checkpoint)
+    check_languages(tokenizer, *job.languages)
+    config = read_config(local_folder(job.checkpoint))
+    how = {} if (limit := source_limit(config)) is None else {"truncation": True, "max_length": limit}
+    languages = dict(zip(("src_lang", "tgt_lang"), job.languages, strict=True))
+    generation, texts = dict(job.generation), ["."]  # one is enough for the language's token
+    if job.source != STANDARD:
+        with open_lines(job.source) as stream:
+            texts = [line for line in decoded(stream, job.source) if not is_blank(line)]
+        if not texts:
+            raise InputError(f"{job.source}: has no line to translate, so there is nothing to time")
+    rows, forced = encode_texts(tokenizer, texts, languages, **how)
+    if job.source == STANDARD:
+        count, length = made_up
+        rows = rank_bench.made_up_rows(count, min(length, limit or length), config.vocab_size)
+        generation |= {"min_new_tokens": length, "max_new_tokens": length}
+    padding = tokenizer.pad_token_id or 0
+    batches = rank_bench.text_batches(rows, job.batch_size, padding, device)
+    return rank_bench.Work(batches, generation, forced, padding)
 
 
 def _content(job: Translation) -> dict[str, str]:

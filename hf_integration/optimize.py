@@ -19,14 +19,14 @@ from fairseq_moe_opt.errors import OptionError
 from fairseq_moe_opt.moe.report import Report, peak_memory, tokens_by_phase, write_report
 from fairseq_moe_opt.moe.trace import TraceLayer, TraceRecorder, write_trace
 from fairseq_moe_opt.options import MoEOptions
-from fairseq_moe_opt.parallel import ExpertSpread
+from fairseq_moe_opt.parallel import ALL_REDUCE, ExpertSpread
 from fairseq_moe_opt.presets import with_preset
 from fairseq_moe_opt.profiling import ALL_CALLS, Profile, Profiler, check_folder, write_profile
 from hf_integration.expert_dtypes import require_scales
 from hf_integration.families import family_of
 from hf_integration.patching import Installed, Patches
 from hf_integration.profiling import about, profiler_for, weights_of
-from hf_integration.synced import SyncedDecoding
+from hf_integration.synced import Decoding, SharedDecoding, SyncedDecoding
 
 
 class Handle:
@@ -42,7 +42,7 @@ class Handle:
         model: nn.Module,
         installed: Installed,
         options: MoEOptions,
-        decoding: SyncedDecoding | None = None,
+        decoding: Decoding | None = None,
     ) -> None:
         self.options = options
         self.decoding = decoding
@@ -228,8 +228,9 @@ def install(
     installed = family.install(model, options, buffer, spread)
     decoding = None
     if spread is not None and isinstance(model, GenerationMixin):
-        decoding = SyncedDecoding(model, spread.ranks, installed.masks)
-        installed.patches.set_attribute(model, "_has_unfinished_sequences", decoding.has_unfinished)
+        kind = SharedDecoding if spread.kind == ALL_REDUCE else SyncedDecoding
+        decoding = kind(model, spread.ranks, installed.masks)
+        decoding.install(installed.patches)
     handle = Handle(model, installed, options, decoding)
     if isinstance(model, GenerationMixin):
         installed.patches.set_attribute(model, "generate", _Generate(model, handle))

@@ -20,7 +20,7 @@ from fairseq_moe_opt.parallel import Collectives
 from hf_integration.decoding import decoding_config
 from hf_integration.loading import local_folder, read_config
 from hf_integration.optimize import Handle
-from hf_integration.synced import generate_batches
+from hf_integration.synced import SyncedDecoding, generate_batches
 from hf_integration.text import check_languages, is_blank, source_limit
 
 WINDOW_BATCHES = 32
@@ -108,7 +108,8 @@ def translate_lines(
     is cut there and ``on_truncated`` is told. ``on_progress`` is told how many more lines are done. ``generation``
     holds settings of a ``GenerationConfig``; what it leaves open is as in the translation pipeline. The report of
     an optimised model covers all lines, and is written where its options say when the last one is done.
-    Ranks that share experts are given the same lines, share the batches, and all get all translations.
+    Ranks that share experts are given the same lines, share the batches (or, with the all-reduce exchange, all compute
+    each of them together), and all get all translations.
 
     Raises InputError for unknown languages and OptionError for a batch size below 1, both at once.
     """
@@ -139,9 +140,9 @@ class _Job:
 
     @property
     def ranks(self) -> Collectives | None:
-        """That share the experts of the model, and the batches."""
-        handle = getattr(self.model, "moe", None)
-        return handle.decoding.ranks if isinstance(handle, Handle) and handle.decoding is not None else None
+        """That share the experts of the model and have batches of their own; None where every process has them all."""
+        decoding = getattr(getattr(self.model, "moe", None), "decoding", None)
+        return decoding.ranks if isinstance(decoding, SyncedDecoding) else None
 
     def run(self, lines: Iterable[str]) -> Iterator[str]:
         handle = getattr(self.model, "moe", None)
@@ -210,13 +211,7 @@ class _Job:
             raise CheckpointError(folder, f"its tokenizer is of another model: token {largest}, the model has {known}")
 
     def _encode(self, texts: Sequence[str], **how: Any) -> tuple[list[list[int]], int | None]:
-        """The ids of each text, and the language token to force, where the tokenizer knows languages."""
-        build = getattr(self.tokenizer, "_build_translation_inputs", None)
-        # verbose=False: the caller says which lines are too long.
-        if build is None:
-            return list(self.tokenizer(list(texts), verbose=False, **how)["input_ids"]), None
-        encoded = build(list(texts), return_tensors=None, verbose=False, **self.languages, **how)
-        return list(encoded["input_ids"]), encoded["forced_bos_token_id"]
+        return encode_texts(self.tokenizer, texts, self.languages, **how)
 
     def _inputs(self, rows: Sequence[_Row]) -> dict[str, Tensor]:
         ids, mask = pad_rows([row.ids for row in rows], self.tokenizer.pad_token_id or 0)
@@ -227,6 +222,18 @@ class _Job:
             output, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return texts
+
+
+def encode_texts(
+    tokenizer: Any, texts: Sequence[str], languages: Mapping[str, str | None], **how: Any
+) -> tuple[list[list[int]], int | None]:
+    """The ids of each text, and the language token to force, where the tokenizer knows languages."""
+    build = getattr(tokenizer, "_build_translation_inputs", None)
+    # verbose=False: the caller says which lines are too long.
+    if build is None:
+        return list(tokenizer(list(texts), verbose=False, **how)["input_ids"]), None
+    encoded = build(list(texts), return_tensors=None, verbose=False, **languages, **how)
+    return list(encoded["input_ids"]), encoded["forced_bos_token_id"]
 
 
 def pad_rows(rows: Sequence[Sequence[int]], padding: int) -> tuple[Tensor, Tensor]:

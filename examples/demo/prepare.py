@@ -10,9 +10,6 @@ CORPUS holds ``train.tsv.gz`` and ``valid.tsv.gz`` (target language, English, tr
 from __future__ import annotations
 
 import argparse
-import csv
-import gzip
-import lzma
 import random
 import sys
 from collections import Counter
@@ -21,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import sentencepiece
+from pairs import read_rows
 
 SOURCE = "eng_Latn"
 LANGUAGES = ("fra_Latn", "deu_Latn", "spa_Latn")
@@ -76,21 +74,14 @@ def training_pairs(corpus: Path) -> Iterator[Pair]:
     for language in LANGUAGES:
         path = corpus / "multilingual" / f"train.{language}.tsv.xz"
         if path.is_file():
-            with lzma.open(path, "rt", encoding="utf-8", newline="") as stream:
-                for english, translation, *_ in rows_of(stream):
-                    yield Pair(language, english, translation)
+            for english, translation, *_ in read_rows(path):
+                yield Pair(language, english, translation)
 
 
 def pairs_of(path: Path) -> Iterator[Pair]:
-    """The pairs of a gzipped table: language, English, translation."""
-    with gzip.open(path, "rt", encoding="utf-8", newline="") as stream:
-        for language, english, translation, *_ in rows_of(stream):
-            yield Pair(language, english, translation)
-
-
-def rows_of(stream: Iterator[str]) -> Iterator[list[str]]:
-    """Tab-separated rows without any quoting."""
-    return csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE)
+    """The pairs of a table: language, English, translation."""
+    for language, english, translation, *_ in read_rows(path):
+        yield Pair(language, english, translation)
 
 
 def write(stem: Path, pairs: list[Pair], processor: sentencepiece.SentencePieceProcessor) -> Counter[str]:

@@ -7,16 +7,16 @@
 3. compares static with dynamic gating: first their tokens, which have to be equal, then their speed, taking turns;
 4. translates a language again with memory for a quarter of the experts: the same sentences, and what the cache did;
 5. prints the report that the runtime keeps, and writes it with all translations into ``--output``;
-6. converts the checkpoint for fairseq and compares static and dynamic gating of ``fairseq-generate`` (fairseq_half.py).
+6. places the experts on two processes by what step 1 asked for, and translates a language with both (ranks_run.py);
+7. converts the checkpoint for fairseq and compares static and dynamic gating of ``fairseq-generate`` (fairseq_half.py).
 
-Exits with 1 when static and dynamic gating disagree, in Transformers or in fairseq, or buffered and resident experts.
+Exits with 1 when static and dynamic gating disagree, in Transformers or in fairseq, or buffered and resident experts,
+or two processes and one.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import gzip
 import os
 import statistics
 import sys
@@ -31,9 +31,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import buffered_run
 import fairseq_half
+import ranks_run
 import sacrebleu
 import torch
 import transformers
+from pairs import by_language, read_rows
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -42,6 +44,7 @@ from torch import Tensor
 
 from fairseq_moe_opt.errors import MoEError
 from fairseq_moe_opt.moe.report import Report, write_report
+from fairseq_moe_opt.moe.trace import Trace
 from hf_integration import from_pretrained
 from hf_integration.translate import load_tokenizer, pad_rows, quiet_host, translate_lines
 
@@ -85,8 +88,9 @@ def main() -> int:
         console.print(f"demo: {error}", highlight=False, markup=False)
         return 2
     describe(console, model, pairs, arguments)
+    recorder = model.moe.record()
     hypotheses = translate_all(console, model, tokenizer, pairs, arguments)
-    report = model.moe.report()
+    report, trace = model.moe.report(), recorder.trace()
     stock = translate_with_transformers_alone(model, tokenizer, pairs)
     show_examples(console, pairs, hypotheses, stock)
     show_scores(console, pairs, hypotheses)
@@ -94,6 +98,7 @@ def main() -> int:
     agree &= compare_buffered(console, arguments, tokenizer, pairs[TARGETS[-1]], hypotheses[TARGETS[-1]])
     show_report(console, report, f"the last language, {TARGETS[-1]}")
     save(console, arguments.output, hypotheses, report)
+    agree &= compare_ranks(console, arguments, trace, pairs[TARGETS[0]], hypotheses[TARGETS[0]])
     return 0 if run_fairseq_half(console, arguments, tokenizer, pairs) and agree else 1
 
 
@@ -124,12 +129,8 @@ def positive(text: str) -> int:
 
 def read_pairs(path: Path, count: int) -> dict[str, list[Pair]]:
     """The first ``count`` pairs of each target language."""
-    pairs: dict[str, list[Pair]] = {target: [] for target in TARGETS}
-    with gzip.open(path, "rt", encoding="utf-8", newline="") as stream:
-        for target, *rest in csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE):
-            if target in pairs and len(pairs[target]) < count:
-                pairs[target].append(Pair(*rest))
-    return pairs
+    rows = by_language(read_rows(path))
+    return {target: [Pair(*row) for row in rows.get(target, ())][:count] for target in TARGETS}
 
 
 def describe(console: Console, model: Any, pairs: dict[str, list[Pair]], arguments: argparse.Namespace) -> None:
@@ -266,6 +267,22 @@ def compare_buffered(
         arguments.model, sentences, SOURCE, TARGETS[-1], arguments.num_beams, arguments.batch_size, expected
     )
     return buffered_run.compare(console, work, tokenizer)
+
+
+def compare_ranks(
+    console: Console, arguments: argparse.Namespace, trace: Trace, pairs: list[Pair], expected: list[str]
+) -> bool:
+    """The first language once more on two processes: whether they read the same."""
+    work = ranks_run.Translation(
+        model=arguments.model,
+        folder=arguments.output,
+        sentences=[pair.english for pair in pairs],
+        languages=(SOURCE, TARGETS[0]),
+        num_beams=arguments.num_beams,
+        batch_size=arguments.batch_size,
+        expected=expected,
+    )
+    return ranks_run.compare(console, work, trace)
 
 
 def timed_work(tokenizer: Any, sentences: Sequence[str]) -> Work:

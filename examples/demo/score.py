@@ -8,11 +8,10 @@ PAIRS: target language, English, translation, tab-separated. sacrebleu's default
 from __future__ import annotations
 
 import argparse
-import csv
-import gzip
 import json
 import os
 import sys
+from itertools import islice
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -20,6 +19,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import sacrebleu
 import torch
+from pairs import by_language, read_rows
 
 from fairseq_moe_opt.errors import MoEError
 from hf_integration import from_pretrained
@@ -76,15 +76,9 @@ def parse_arguments() -> argparse.Namespace:
 
 def read_pairs(path: Path, languages: list[str] | None, limit: int | None) -> dict[str, list[tuple[str, str]]]:
     """(English, translation) of each language, the languages in order of their names."""
-    opened = gzip.open if path.suffix == ".gz" else open
-    pairs: dict[str, list[tuple[str, str]]] = {}
-    with opened(path, "rt", encoding="utf-8", newline="") as stream:
-        for row, (language, english, reference, *_) in enumerate(
-            csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE)
-        ):
-            if (limit is None or row < limit) and (languages is None or language in languages):
-                pairs.setdefault(language, []).append((english, reference))
-    return dict(sorted(pairs.items()))
+    found = by_language(islice(read_rows(path), limit))
+    wanted = sorted(found if languages is None else set(found) & set(languages))
+    return {language: [(english, reference) for english, reference, *_ in found[language]] for language in wanted}
 
 
 if __name__ == "__main__":

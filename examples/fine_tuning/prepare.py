@@ -11,11 +11,13 @@ every third sentence is kept apart to test with. MODEL is the Transformers folde
 from __future__ import annotations
 
 import argparse
-import csv
-import gzip
 import sys
 from pathlib import Path
 from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "demo"))
+
+from pairs import by_language, read_rows
 
 from hf_integration.translate import load_tokenizer
 
@@ -62,10 +64,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def read_pairs(path: Path, language: str) -> list[Pair]:
     """(English, translation) of the rows of ``language``."""
-    opened = gzip.open if path.suffix == ".gz" else open
-    with opened(path, "rt", encoding="utf-8", newline="") as stream:
-        rows = csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE)
-        return [(english, translation) for found, english, translation, *_ in rows if found == language]
+    return [(english, translation) for english, translation, *_ in by_language(read_rows(path)).get(language, ())]
 
 
 def write(stem: Path, pairs: list[Pair], language: str, tokenizer: Any, limit: int) -> None:

@@ -13,9 +13,13 @@ from fairseq_moe_opt.parallel.groups import expert_group, group_ranks
 from fairseq_moe_opt.parallel.padded import PaddedAllToAllExchange
 from fairseq_moe_opt.parallel.process_group import ProcessGroupRanks
 from fairseq_moe_opt.parallel.slot_map import SlotMap
-from fairseq_moe_opt.parallel.spread import ExpertSpread
+from fairseq_moe_opt.parallel.spread import ALL_REDUCE, ALL_TO_ALL, EXCHANGES, ExpertSpread
+from fairseq_moe_opt.parallel.timing import TimedRanks
 
 __all__ = [
+    "ALL_REDUCE",
+    "ALL_TO_ALL",
+    "EXCHANGES",
     "AllReduceExchange",
     "AllToAllExchange",
     "Collectives",
@@ -24,6 +28,7 @@ __all__ = [
     "PaddedAllToAllExchange",
     "ProcessGroupRanks",
     "SlotMap",
+    "TimedRanks",
     "agree",
     "expert_group",
     "follow_first",

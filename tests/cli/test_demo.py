@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
 import json
+import lzma
 import subprocess
 import sys
 from argparse import Namespace
@@ -16,6 +18,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from fairseq_moe_opt.moe.trace import Trace, TraceLayer, TraceVisit
+from fairseq_moe_opt.placement import read_placement
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples" / "demo" / "run.py"
 
@@ -24,14 +29,47 @@ SCRIPT = ROOT / "examples" / "demo" / "run.py"
 def demo() -> Iterator[ModuleType]:
     # As for a script, whose own folder comes first.
     sys.path.insert(0, str(SCRIPT.parent))
-    spec = importlib.util.spec_from_file_location("demo_run", SCRIPT)
+    yield load_script("demo/run.py")
+    sys.path.remove(str(SCRIPT.parent))
+
+
+def load_script(name: str) -> ModuleType:
+    """The module that a script of the examples is."""
+    path = ROOT / "examples" / name
+    spec = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    yield module
-    sys.path.remove(str(SCRIPT.parent))
+    return module
+
+
+@pytest.mark.parametrize(("name", "opener"), [("a.tsv", open), ("a.tsv.gz", gzip.open), ("a.tsv.xz", lzma.open)])
+def test_tables_are_read_as_they_are(demo: ModuleType, tmp_path: Path, name: str, opener: Any) -> None:
+    path = tmp_path / name
+    with opener(path, "wt", encoding="utf-8") as stream:
+        stream.write('b\t"Say "no"\tx\na\ty\u2028z\tw\nb\t1\t2\t3\n')
+    rows = list(demo.read_rows(path))
+    assert rows == [["b", '"Say "no"', "x"], ["a", "y\u2028z", "w"], ["b", "1", "2", "3"]]
+    assert list(demo.by_language(rows).items()) == [("b", [rows[0][1:], rows[2][1:]]), ("a", [rows[1][1:]])]
+
+
+def test_the_other_scripts_read_the_same_tables(demo: ModuleType, tmp_path: Path) -> None:
+    table = tmp_path / "a.tsv"
+    table.write_text("b\tone\t1\torigin\na\ttwo\t2\nb\tthree\t3\n", encoding="utf-8")
+    score, tuning, training = map(load_script, ("demo/score.py", "fine_tuning/prepare.py", "demo/prepare.py"))
+    assert list(score.read_pairs(table, None, None).items()) == [
+        ("a", [("two", "2")]),
+        ("b", [("one", "1"), ("three", "3")]),
+    ]
+    assert score.read_pairs(table, ["b", "c"], 2) == {"b": [("one", "1")]}
+    assert tuning.read_pairs(table, "b") == [("one", "1"), ("three", "3")] and tuning.read_pairs(table, "c") == []
+    assert [(one.language, one.english) for one in training.pairs_of(table)] == [
+        ("b", "one"),
+        ("a", "two"),
+        ("b", "three"),
+    ]
 
 
 @pytest.mark.slow
@@ -50,12 +88,17 @@ def test_the_demo_runs(tmp_path: Path) -> None:
         "times as fast",
         "gave the same tokens",
         "the same translations",
+        "2 processes and one gave the same translations",
     ):
         assert words in done.stdout
     assert "\x1b" not in done.stdout
     assert len((tmp_path / "demo-output" / "spa_Latn.txt").read_text(encoding="utf-8").splitlines()) == 4
     report = json.loads((tmp_path / "demo-output" / "report.json").read_text(encoding="utf-8"))
     assert report["family"] == "nllb-moe"
+    loads = done.stdout[done.stdout.index("expert rows of the trace's second half") :].splitlines()
+    assert [line.split()[:2] for line in loads if "contiguous" in line or "balanced" in line] == [
+        [phase, strategy] for strategy in ("contiguous", "balanced") for phase in ("encoder", "decoder")
+    ]
     if find_spec("fairseq") is None:
         assert "fairseq is not installed" in done.stdout
         return
@@ -94,6 +137,43 @@ def test_buffered_experts_that_disagree_fail(demo: ModuleType) -> None:
     assert "16 of 64 experts in memory" in text and "same translations" in text
     assert not demo.compare_buffered(console, arguments, tokenizer, pairs, [right[0], "other"])
     assert "DISAGREE" in console.export_text()
+
+
+def ranks_work(demo: ModuleType, folder: Path) -> Any:
+    return demo.ranks_run.Translation(
+        model=demo.HERE / "model",
+        folder=folder,
+        sentences=["Open the file.", "Close all windows"],
+        languages=(demo.SOURCE, demo.TARGETS[0]),
+        num_beams=1,
+        batch_size=2,
+        expected=["Ouvrir", "Fermer"],
+    )
+
+
+def test_ranks_that_disagree_or_fail(demo: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    layers = [TraceLayer(f"model.{phase}.layers.1.ffn", phase, 4) for phase in ("encoder", "decoder")]
+    visits = [TraceVisit(layer.name, (0, 1, 3), 4, (6, 1, 1)) for layer in layers for _ in range(2)]
+    trace, console = Trace(tuple(layers), tuple(visits)), Console(record=True, width=110)
+    report = {"layers": [{"exchange": {"slot_rows": [3, 4]}}]}
+    said = subprocess.CompletedProcess([], 0, "", "")
+
+    def launch(work: Any) -> Any:
+        assert read_placement(work.folder / "placement.json", num_ranks=2).fingerprint == trace.fingerprint
+        (work.folder / "ranks.txt").write_text("Ouvrir\nFermez\n", encoding="utf-8")
+        for rank in range(2):
+            (work.folder / f"ranks.rank-{rank}.json").write_text(json.dumps(report), encoding="utf-8")
+        return said
+
+    monkeypatch.setattr(demo.ranks_run, "launch", launch)
+    assert not demo.ranks_run.compare(console, ranks_work(demo, tmp_path), trace)
+    text = console.export_text()
+    # Of 8 rows 7 are of experts 0 and 1, and rank 0 has both in order; the best is 6 of them on one rank.
+    assert "87.5%" in text and "75.0%" in text and "50.0% and 50.0% of 14 expert rows" in text
+    assert "2 processes and one DISAGREE" in text
+    said.returncode, said.stderr = 1, "first\nmoe-opt: why it failed\n"
+    assert not demo.ranks_run.compare(console, ranks_work(demo, tmp_path), trace)
+    assert "moe-opt: why it failed" in console.export_text()
 
 
 def test_every_pair_is_read(demo: ModuleType) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from fairseq_moe_opt.errors import MoEError, OptionError, ParallelError, PlacementError
 from fairseq_moe_opt.moe.trace import Trace, TraceLayer
-from fairseq_moe_opt.parallel import ProcessGroupRanks, run_ranks
+from fairseq_moe_opt.parallel import ALL_REDUCE, ProcessGroupRanks, run_ranks
 from fairseq_moe_opt.placement import Cluster, LoadHistory, Placement, place
 from hf_integration import ExpertParallel, from_pretrained, generate_batches
 from hf_integration.translate import load_tokenizer, pad_rows, translate_lines
@@ -69,22 +69,17 @@ def translate_with(cases: dict[str, tuple[Placement | None, dict[str, Any]]]) ->
     return {name: translated(placement, parallel=True, **options) for name, (placement, options) in cases.items()}
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3])
-def test_tokens_are_those_of_one_process_for_every_placement(num_ranks: int, tmp_path: Path) -> None:
-    even = Cluster.even(num_ranks, NUM_EXPERTS).slots
-    uneven = (NUM_EXPERTS - 2 * num_ranks + 2, *[2] * (num_ranks - 1))
-    spare = (even[0] + 1, *even[1:])
+def test_tokens_are_those_of_one_process_whatever_the_options(tmp_path: Path) -> None:
     cases: dict[str, tuple[Placement | None, dict[str, Any]]] = {
         "contiguous": (None, {"report": str(tmp_path / "report.json"), "trace": str(tmp_path / "trace.json")}),
-        "greedy, uneven": (placed("greedy", uneven), {}),
-        "balanced, one replica": (placed("balanced", spare), {}),
-        "balanced, buffered": (placed("balanced", even), {"expert_memory": "40%"}),
-        "greedy, int8": (placed("greedy", even), {"expert_dtype": "int8"}),
+        "greedy, uneven": (placed("greedy", (14, 2)), {}),
+        "balanced, one replica": (placed("balanced", (9, 8)), {}),
+        "greedy, int8": (placed("greedy", (8, 8)), {"expert_dtype": "int8"}),
     }
-    for results in values_of(start_ranks(num_ranks, translate_with, cases, **PATIENCE)):
+    for results in values_of(start_ranks(2, translate_with, cases, **PATIENCE)):
         for name, (_, options) in cases.items():
             assert results[name] == alone(options.get("expert_dtype", "checkpoint")), name
-    files = [f"{kind}.rank-{rank}.json" for kind in ("report", "trace") for rank in range(num_ranks)]
+    files = [f"{kind}.rank-{rank}.json" for kind in ("report", "trace") for rank in range(2)]
     assert sorted(path.name for path in tmp_path.iterdir()) == files
 
 
@@ -114,7 +109,7 @@ def generate_unequal_shares(num_beams: int) -> tuple[list[list[int]], dict[str, 
     return [output.tolist() for output in outputs], routed_rows(model)
 
 
-@pytest.mark.parametrize("num_beams", [1, 2])
+@pytest.mark.parametrize("num_beams", [1, 2, 4])
 def test_ranks_with_more_and_fewer_batches_and_none(num_beams: int) -> None:
     results = values_of(start_ranks(3, generate_unequal_shares, num_beams, **PATIENCE))
     model = load(parallel=False)
@@ -128,14 +123,64 @@ def test_ranks_with_more_and_fewer_batches_and_none(num_beams: int) -> None:
         assert all(rows[name] <= own[name] for name in LAYERS[2:])
         if rank == 1:
             assert set(rows.values()) == {0}
-    if num_beams == 1:
-        assert results[0][1][LAYERS[3]] < _routed_alone(model, 0)
+    assert results[0][1][LAYERS[3]] < _routed_alone(model, 0, num_beams)
 
 
-def _routed_alone(model: Any, rank: int) -> int:
+def _routed_alone(model: Any, rank: int, num_beams: int) -> int:
     model.moe.reset()
-    generate_batches(model, batches_of(rank), **settings(1))
+    generate_batches(model, batches_of(rank), **settings(num_beams))
     return routed_rows(model)[LAYERS[3]]
+
+
+def share_batches() -> tuple[list[str], list[list[list[int]]], list[str], dict[str, int]]:
+    """Translations, tokens with beams and drawn ones of ranks that share each batch; and what they refuse."""
+    ranks = ProcessGroupRanks()
+    spread = ExpertParallel(ranks, placed("balanced", (8, 8)), exchange=ALL_REDUCE)
+    model = from_pretrained(MODEL, dtype="float32", parallel=spread)
+    tokenizer = load_tokenizer(MODEL)
+    lines = list(
+        translate_lines(
+            model, tokenizer, sentences()[:20], "eng_Latn", "fra_Latn", batch_size=12, generation=GREEDY
+        )
+    )
+    model.moe.reset()
+    tokens = [one.tolist() for one in generate_batches(model, batches_of(0), **settings(2))]
+    rows = routed_rows(model)
+    torch.manual_seed(ranks.rank)
+    tokens.append(model.generate(**batches_of(0)[0], **settings(1), do_sample=True).tolist())
+    messages = []
+    for refused in (
+        lambda: model.generate(**batches_of(2 * ranks.rank)[0], **settings(1)),
+        lambda: model.generate(**batches_of(0)[0], **settings(1 + ranks.rank)),
+        lambda: generate_batches(model, batches_of(0)[ranks.rank :], **settings(1)),
+        lambda: model.generate(**batches_of(0)[0], synced_gpus=True),
+        lambda: ExpertParallel(ranks, exchange="all-gather"),
+    ):
+        try:
+            refused()
+        except MoEError as error:
+            messages.append(str(error))
+    return lines, tokens, messages, rows
+
+
+def test_ranks_that_share_their_batches() -> None:
+    first, second = values_of(start_ranks(2, share_batches, **PATIENCE))
+    assert first == second
+    lines, (*beams, drawn), messages, rows = first
+    model = load(parallel=False)
+    tokenizer = load_tokenizer(MODEL)
+    assert lines == list(
+        translate_lines(model, tokenizer, sentences()[:20], "eng_Latn", "fra_Latn", batch_size=12, generation=GREEDY)
+    )
+    model.moe.reset()
+    assert beams == [one.tolist() for one in generate_batches(model, batches_of(0), **settings(2))]
+    assert rows[LAYERS[3]] < routed_rows(model)[LAYERS[3]]
+    torch.manual_seed(0)
+    assert drawn == model.generate(**batches_of(0)[0], **settings(1), do_sample=True).tolist()
+    for message, text in zip(
+        messages, ("batch: rank 1 has", "settings: rank 1 has", "number of batches: rank 1 has 2", "synced_gpus", "all-gather"), strict=True
+    ):
+        assert text in message
 
 
 def what_a_rank_cannot_do_alone() -> tuple[list[str], dict[str, torch.Tensor], int]:

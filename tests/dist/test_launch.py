@@ -12,12 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from fairseq_moe_opt.cli import main
 from fairseq_moe_opt.cli.journal import journal_path, journaled_output, read_journal
-from fairseq_moe_opt.errors import InputError, ParallelError
-from hf_integration.launch import join_world
+from fairseq_moe_opt.errors import InputError
 
 pytestmark = pytest.mark.dist
 
@@ -137,11 +135,3 @@ def test_a_journal_of_something_else_is_refused(tmp_path: Path, content: str, me
     journal_path(tmp_path / "out.txt").write_text(content, encoding="utf-8")
     with pytest.raises(InputError, match=message):
         read_journal(tmp_path / "out.txt", JOB, 2)
-
-
-def test_a_launcher_that_starts_fewer_processes_than_it_was_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    # What accelerate's MULTI_CPU leaves in the environment of its only process.
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    with pytest.raises(ParallelError, match=r"MULTI_CPU; use MULTI_GPU with use_cpu: true"):
-        join_world(torch.device("cpu"), 1.0)
