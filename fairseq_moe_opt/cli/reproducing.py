@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,6 @@ from fairseq_moe_opt.presets import configs_folder
 from fairseq_moe_opt.reproduction import Context, Line, read_plan, reproduce
 from fairseq_moe_opt.reproduction.runner import Output, page_in
 
-SOURCE, TARGETS = "eng_Latn", ("fra_Latn", "deu_Latn", "spa_Latn")
 BATCH_SIZE = 16
 
 
@@ -42,7 +41,7 @@ class Reproduction:
 def run(wanted: Reproduction, say: Callable[[str], None]) -> tuple[Path, list[Line]]:
     """Measure and write; returns the page, and the lines that are not reached."""
     plan = read_plan(wanted.scale, wanted.plan)
-    context = Context(plan, lambda: record_demo(wanted.model or demo_model(), say), say)
+    context = Context(plan, lambda: record_demo(wanted.model or demo_model(), plan.languages, say), say)
     output = Output(wanted.folder, wanted.page or page_in(wanted.folder), wanted.plots)
     sections = reproduce(context, output, wanted.only)
     return output.page, [line for section in sections for line in section.lines if line.is_reached is False]
@@ -57,15 +56,15 @@ def demo_model() -> Path | None:
     return None
 
 
-def record_demo(model: Path | None, say: Callable[[str], None]) -> Trace | None:
-    """Translate the project's own sentences greedily into three languages, and see who is asked for."""
+def record_demo(model: Path | None, languages: Sequence[str], say: Callable[[str], None]) -> Trace | None:
+    """Translate the project's own sentences greedily from the first language to the others; see who is asked for."""
     if model is None:
         return None
     job = Translation(
         checkpoint=str(model),
         source=str(sentences_path()),
         destination=None,
-        languages=(SOURCE, None),
+        languages=(languages[0], None),
         batch_size=BATCH_SIZE,
         generation={"num_beams": 1},
         dtype="float32",
@@ -73,7 +72,7 @@ def record_demo(model: Path | None, say: Callable[[str], None]) -> Trace | None:
         threads=None,
         options={},
     )
-    return record(Recording(job, TARGETS, choices=False), say)
+    return record(Recording(job, languages[1:], choices=False), say)
 
 
 def sentences_path() -> Path:

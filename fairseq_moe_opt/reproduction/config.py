@@ -95,6 +95,7 @@ class Plan:
         ranks: devices that share the experts, where placement and caches are looked at.
         cache_slots: experts of a layer in each one's cache.
         seed: of weights, tokens and synthetic traces.
+        languages: of the recorded trace: source, then targets.
     """
 
     models: Mapping[str, PaperModel]
@@ -103,6 +104,7 @@ class Plan:
     ranks: int
     cache_slots: int
     seed: int
+    languages: tuple[str, ...]
 
     def paper(self, phase: str) -> PaperModel:
         """The paper's model that has ``phase``."""
@@ -205,6 +207,7 @@ def read_plan(scale: str, path: Path | None = None) -> Plan:
             ranks=int(content["ranks"]),
             cache_slots=int(content["cache_slots"]),
             seed=int(content["seed"]),
+            languages=tuple(map(str, content["languages"])),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise OptionError("plan", f"{source}: {type(error).__name__} {error}") from error
