@@ -28,8 +28,8 @@ DENSE, STATIC, DYNAMIC = "dense", "static", "dynamic"
 VARIANTS = (DENSE, STATIC, DYNAMIC)
 TRACE_STEPS = 8
 """Batches of a trace that a gate takes turns with."""
-FITTING_TOKENS, FITTING_STEPS, FITTING_RATE = 2048, 30, 0.5
-"""Tokens that a gate's bias is fitted on, how often it is corrected, and by how much of the error's logarithm."""
+FITTING_TOKENS, FITTING_STEPS, FITTING_RATE = 2048, 20, 0.6
+"""Tokens that a gate's bias is fitted on, its corrections, and what share of the error's logarithm the first one is."""
 NEVER = 0.01
 """Rows taken for an expert that got none, so that it has a logarithm."""
 
@@ -59,34 +59,41 @@ class SkewedGate:
         logits = functional.linear(tokens, self._weight)
         least = 0.5 / logits.shape[0]
         for bias, share in zip(self._bias, self._shares, strict=True):
-            for _ in range(FITTING_STEPS):
+            for step in range(FITTING_STEPS):
                 chosen = (logits + bias).topk(self._top_k, dim=1).indices.flatten()
                 found = torch.bincount(chosen, minlength=len(bias)) / chosen.numel()
-                bias += FITTING_RATE * torch.log((share + least) / (found + least))
+                bias += FITTING_RATE * (1 - step / FITTING_STEPS) * torch.log((share + least) / (found + least))
         self._is_fitted = True
 
 
 class Attention(nn.Module):
     """Multi-head attention over itself, or with one query a sentence over keys and values that are there."""
 
-    def __init__(self, shape: Shape, *, projects_keys: bool = True) -> None:
+    def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.heads = shape.heads
         self.query = nn.Linear(shape.width, shape.width)
-        self.key = nn.Linear(shape.width, shape.width) if projects_keys else None
-        self.value = nn.Linear(shape.width, shape.width) if projects_keys else None
+        self.key = nn.Linear(shape.width, shape.width)
+        self.value = nn.Linear(shape.width, shape.width)
         self.out = nn.Linear(shape.width, shape.width)
 
-    def forward(self, x: Tensor, past: tuple[Tensor, Tensor] | None = None, *, causal: bool = False) -> Tensor:
-        """(B, L, D) to the same; ``past`` are (B, heads, P, D / heads) keys and values, whose last place is for x."""
+    def forward(
+        self, x: Tensor, past: tuple[Tensor, Tensor] | None = None, *, causal: bool = False, appends: bool = True
+    ) -> Tensor:
+        """(B, L, D) to the same.
+
+        Args:
+            x: the input.
+            past: (B, heads, P, D / heads) keys and values to look at instead of those of ``x``.
+            causal: no token looks at a later one.
+            appends: the last place of ``past`` is for the keys and values of ``x``.
+        """
         query = self._split(self.query(x))
         if past is None:
-            if self.key is None or self.value is None:
-                raise ValueError("attention without keys of its own needs those of another")
             keys, values = self._split(self.key(x)), self._split(self.value(x))
         else:
             keys, values = past
-            if self.key is not None and self.value is not None:
+            if appends:
                 keys[:, :, -1:], values[:, :, -1:] = self._split(self.key(x)), self._split(self.value(x))
         mixed = functional.scaled_dot_product_attention(query, keys, values, is_causal=causal)
         return self.out(mixed.transpose(1, 2).reshape(x.shape))  # type: ignore[no-any-return]
@@ -123,7 +130,7 @@ class Block(nn.Module):
         super().__init__()
         is_decoder = shape.phase == DECODER
         self.attention = Attention(shape)
-        self.source = Attention(shape, projects_keys=False) if is_decoder else None
+        self.source = Attention(shape) if is_decoder else None
         self.norms = nn.ModuleList(nn.LayerNorm(shape.width) for _ in range(3 if is_decoder else 2))
         self.ffn = DenseFFN(shape)
         self.sparse = sparse
@@ -212,7 +219,7 @@ class Model(nn.Module):
             past = batch.past[place] if batch.past else None
             x = x + block.attention(block.norms[0](x), past, causal=self.shape.phase == LM)
             if block.source is not None:
-                x = x + block.source(block.norms[1](x), batch.source[place])
+                x = x + block.source(block.norms[1](x), batch.source[place], appends=False)
             rows = block.norms[-1](x)
             if block.sparse is None or variant == DENSE:
                 x = x + block.ffn(rows)

@@ -30,20 +30,21 @@ class Told:
     pictures: tuple[Picture, ...] = ()
 
 
-def page_of(plan: Plan, told: Sequence[Told]) -> str:
-    """The page."""
-    parts = [*_head(plan, told), *_goals(told)]
+def page_of(plan: Plan, told: Sequence[Told], results: str = "results.json") -> str:
+    """The page; ``results`` is the link to all numbers."""
+    parts = [*_head(plan, told, results), *_goals(told)]
     for one in told:
         parts += _section(one)
     return "\n\n".join(parts) + "\n"
 
 
-def _head(plan: Plan, told: Sequence[Told]) -> Iterator[str]:
+def _head(plan: Plan, told: Sequence[Told], results: str) -> Iterator[str]:
     option = " --quick" if plan.scale_name == "quick" else ""
     yield "# The paper's tables and figures, measured here"
     yield (
         f"Written by `moe-opt reproduce{option}`. The paper is arXiv 2303.06182. Each line has the paper's figure, the "
-        "one measured here, and their ratio (here over paper), with the setting. All numbers are in `results.json`."
+        "one measured here, and their ratio (here over paper), with the setting. All numbers are in "
+        f"[results.json]({results})."
     )
     if plan.scale_name == "quick":
         yield (

@@ -36,6 +36,10 @@ class Output:
     page: Path
     plots: bool = True
 
+    def link(self, file: str) -> str:
+        """From the page to ``file`` of the folder."""
+        return Path(os.path.relpath(self.folder / file, self.page.parent)).as_posix()
+
 
 def page_in(folder: Path) -> Path:
     """The page's place where nobody chose one."""
@@ -82,11 +86,10 @@ def write_page(context: Context, output: Output, kept: Mapping[str, Mapping[str,
         pictures = []
         for file, figure in PARTS[name].draw(section.data) if output.plots else ():
             save(figure, output.folder / file)
-            link = Path(os.path.relpath(output.folder / file, output.page.parent)).as_posix()
-            pictures.append(Picture(link, figure.axes[0].get_title().replace("\n", ", ")))
+            pictures.append(Picture(output.link(file), figure.axes[0].get_title().replace("\n", ", ")))
         told.append(Told(section, content["machine"], content["minutes"], tuple(pictures)))
     output.page.parent.mkdir(parents=True, exist_ok=True)
-    _write_whole(output.page, page_of(context.plan, told))
+    _write_whole(output.page, page_of(context.plan, told, output.link(RESULTS)))
 
 
 def _read(path: Path, scale: str) -> dict[str, Any]:

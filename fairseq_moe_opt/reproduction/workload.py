@@ -60,7 +60,7 @@ def static_bytes(shapes: Sequence[Shape]) -> StaticBytes:
     for shape in shapes:
         is_decoder = shape.phase == DECODER
         experts += shape.sparse_layers * shape.paper.experts * dense_ffn
-        attention += shape.layers * (linear * (6 if is_decoder else 4) + norm * (3 if is_decoder else 2)) + norm
+        attention += shape.layers * (linear * (8 if is_decoder else 4) + norm * (3 if is_decoder else 2)) + norm
         others += (shape.layers - shape.sparse_layers) * dense_ffn
     gates = sum(shape.sparse_layers * shape.paper.experts * width for shape in shapes)
     twins = sum(shape.sparse_layers for shape in shapes) * dense_ffn

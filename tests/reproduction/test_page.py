@@ -65,7 +65,9 @@ def test_the_page_says_what_is_reached_and_why_the_rest_is_not() -> None:
     missed = line(5.0, why="60% of it is elsewhere")
     described = line(30.0, "", why="no exchange here")
     near = line(11.0, "", why="never shown")
-    told = Told(section(line(12.0), missed, described, near), MACHINE, 1.5, (Picture("pictures/latency.png", "A title"),))
+    told = Told(
+        section(line(12.0), missed, described, near), MACHINE, 1.5, (Picture("pictures/latency.png", "A title"),)
+    )
     page = page_of(read_plan("full", PLAN_FILE), [told])
     assert "Of 2 figures and statements of the paper that can be reached, 1 are." in page
     assert page.count("* throughput: 5.0x, paper 10.0x: 60% of it is elsewhere.") == 2  # at the top, and in its section
@@ -75,6 +77,7 @@ def test_the_page_says_what_is_reached_and_why_the_rest_is_not() -> None:
     assert "| throughput | 10.0x (V) | 30.0x | 3.00 |  | E 512 |" in page
     assert "![A title](pictures/latency.png)" in page and "* a note" in page
     assert "a processor, 1 of 2 cores" in page and "* LM: D 64 to 32" in page
+    assert "[results.json](results.json)" in page
     assert "quick run" not in page and "quick run" in page_of(read_plan("quick", PLAN_FILE), [told])
 
 

@@ -17,7 +17,7 @@ from fairseq_moe_opt.reproduction.runner import RESULTS, Output, page_in
 from fairseq_moe_opt.reproduction.sections import PARTS
 from fairseq_moe_opt.reproduction.sections.activation import activity_of
 from fairseq_moe_opt.reproduction.sections.balance import loads_of
-from fairseq_moe_opt.reproduction.sections.miss_rates import curves
+from fairseq_moe_opt.reproduction.sections.miss_rates import sweep
 
 PLAN_FILE = Path(__file__).with_name("plan.yaml")
 
@@ -53,8 +53,9 @@ def test_every_section_is_measured_written_and_drawn(whole: tuple[Path, dict[str
     assert tuple(found) == section_names() == tuple(PARTS)
     content = json.loads((folder / "pictures" / RESULTS).read_text(encoding="utf-8"))
     assert tuple(content["sections"]) == section_names()
-    assert content["plan"]["models"]["lm"]["experts"] == 16
+    assert content["plan"]["models"]["lm"]["experts"] == 64
     page = (folder / "page.md").read_text(encoding="utf-8")
+    assert "[results.json](pictures/results.json)" in page
     for name, section in found.items():
         assert section.lines and f"## {section.title}" in page
         assert content["sections"][name]["machine"]["torch"]
@@ -137,12 +138,15 @@ def test_activity_by_hand() -> None:
 
 
 def test_misses_fall_with_slots_and_nobody_beats_belady() -> None:
-    found = curves(history_of(recorded(), "decoder"), 2)
-    for policies in found.values():
+    found = sweep(history_of(recorded(), "decoder"), 2)
+    assert found.active == 1.0  # two experts in each forward, two devices
+    for policies in (*found.layers.values(), *found.devices.values()):
         for rates in policies.values():
             assert len(rates) == 4 and rates == sorted(rates, reverse=True)
             assert all(best <= rate for best, rate in zip(policies["belady"], rates, strict=True))
-    assert found["contiguous"]["lifo"] != found["anti-correlation"]["lifo"]  # pairs are kept apart
+    before, after = found.correlation["contiguous"], found.correlation["anti-correlation"]
+    assert after < 0 < before  # pairs are kept apart
+    assert found.devices["anti-correlation"]["lifo"] < found.devices["contiguous"]["lifo"]
 
 
 def test_loads_are_those_of_the_half_that_placed_nothing() -> None:

@@ -109,7 +109,7 @@ def test_gates_give_experts_their_shares(plan: Plan) -> None:
         workload.model.run(batch, DYNAMIC, step, watch=watch)
         counts = torch.bincount(watch.routings[0].expert_index.flatten(), minlength=plan.paper(LM).experts)
         share = counts / counts.sum()
-        assert (share - gate._shares[step]).abs().max() < 0.06
+        assert (share - gate._shares[step]).abs().max() < 0.06 < gate._shares[step].max()
         found.append(share)
     assert (found[0] - found[1]).abs().max() > 0.06  # another batch of the trace
 

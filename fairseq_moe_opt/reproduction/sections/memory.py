@@ -55,15 +55,19 @@ def measure(context: Context) -> Section:
         "the input and the decoder's kept keys and values are among them. Weights are counted by their shapes.",
         tuple(lines),
         (
-            "One process holds all E experts of each sparse layer here, and one of the paper's 8 devices an eighth of "
-            "them in 6 times as many layers: about as many experts, so weights and activations stand to each other "
-            "about as there.",
+            f"One process holds all E experts of each sparse layer here, one of the paper's {context.plan.ranks} devices "
+            f"1/{context.plan.ranks} of them in {_fewer(context, LM):g} (LM) and {_fewer(context, ENCODER):g} (MT) times as "
+            "many layers: about as many experts, so weights and activations stand to each other about as there.",
         ),
         {
             phase: {"peaks": one.peaks, "static": asdict(one.static), "title": one.title, "batch": one.batch}
             for phase, one in found.items()
         },
     )
+
+
+def _fewer(context: Context, phase: str) -> float:
+    return context.plan.paper(phase).layers / context.plan.size(phase).layers
 
 
 def _larger(one: _Peaks, other: _Peaks) -> dict[str, int]:
