@@ -55,9 +55,10 @@ def measure(context: Context) -> Section:
         "the input and the decoder's kept keys and values are among them. Weights are counted by their shapes.",
         tuple(lines),
         (
-            f"One process holds all E experts of each sparse layer here, one of the paper's {context.plan.ranks} devices "
-            f"1/{context.plan.ranks} of them in {_fewer(context, LM):g} (LM) and {_fewer(context, ENCODER):g} (MT) times as "
-            "many layers: about as many experts, so weights and activations stand to each other about as there.",
+            f"One process holds all E experts of each sparse layer here, one of the paper's {context.plan.ranks} "
+            f"devices 1/{context.plan.ranks} of them in {_fewer(context, LM):g} (LM) and {_fewer(context, ENCODER):g} "
+            "(MT) times as many layers: about as many experts, so weights and activations stand to each other about "
+            "as there.",
         ),
         {
             phase: {"peaks": one.peaks, "static": asdict(one.static), "title": one.title, "batch": one.batch}
