@@ -66,6 +66,7 @@ def reproduce(context: Context, output: Output, only: Sequence[str] = ()) -> lis
         kept[name] = {
             **section.to_dict(),
             "minutes": round((time.monotonic() - started) / 60, 2),
+            "pictures": _draw(section, output),
             "machine": describe(),
         }
         kept = {one: kept[one] for one in section_names() if one in kept}
@@ -74,20 +75,24 @@ def reproduce(context: Context, output: Output, only: Sequence[str] = ()) -> lis
             json.dumps({"scale": context.plan.scale_name, "plan": asdict(context.plan), "sections": kept}, indent=1)
             + "\n",
         )
-        write_page(context, output, kept)
+        _write_page(context, output, kept)
     return [Section.from_dict(one) for one in kept.values()]
 
 
-def write_page(context: Context, output: Output, kept: Mapping[str, Mapping[str, Any]]) -> None:
-    """Draw the pictures of ``kept`` sections and write the page."""
+def _draw(section: Section, output: Output) -> list[dict[str, str]]:
+    """Draw a section's pictures; file and title of each."""
+    found = []
+    for file, figure in PARTS[section.name].draw(section.data) if output.plots else ():
+        save(figure, output.folder / file)
+        found.append({"file": file, "title": figure.axes[0].get_title().replace("\n", ", ")})
+    return found
+
+
+def _write_page(context: Context, output: Output, kept: Mapping[str, Mapping[str, Any]]) -> None:
     told = []
-    for name, content in kept.items():
-        section = Section.from_dict(content)
-        pictures = []
-        for file, figure in PARTS[name].draw(section.data) if output.plots else ():
-            save(figure, output.folder / file)
-            pictures.append(Picture(output.link(file), figure.axes[0].get_title().replace("\n", ", ")))
-        told.append(Told(section, content["machine"], content["minutes"], tuple(pictures)))
+    for content in kept.values():
+        pictures = tuple(Picture(output.link(one["file"]), one["title"]) for one in content["pictures"])
+        told.append(Told(Section.from_dict(content), content["machine"], content["minutes"], pictures))
     output.page.parent.mkdir(parents=True, exist_ok=True)
     _write_whole(output.page, page_of(context.plan, told, output.link(RESULTS)))
 
