@@ -28,7 +28,7 @@ REFERENCE_PINS := transformers==4.57.1 huggingface-hub==0.36.2 tokenizers==0.22.
 	requests==2.34.2 urllib3==2.8.0 charset-normalizer==3.5.2 idna==3.20 certifi
 
 .PHONY: help demo test test-gpu lint style bench bench-transformers bench-fairseq bench-exchange bench-buffering
-.PHONY: bench-nllb54b bench-profiling bench-tables docs-check setup reference clean distclean FORCE
+.PHONY: bench-nllb54b bench-profiling bench-tables docs-check reproduce setup reference clean distclean FORCE
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1@\2/p' $(MAKEFILE_LIST) | column -t -s @ 2>/dev/null \
@@ -82,6 +82,9 @@ bench-tables: $(STAMPS)/project ## draw the tables of README.md and docs/ from t
 
 docs-check: $(STAMPS)/project $(STAMPS)/fairseq ## run the commands of README.md and docs/, the long ones too
 	$(BIN)/python -m pytest tests/docs --docs-long $(PYTEST_ARGS)
+
+reproduce: $(STAMPS)/project ## the paper's tables and figures, here, in up to an hour (REPRODUCE_ARGS=--quick: 10 minutes)
+	$(BIN)/moe-opt reproduce $(REPRODUCE_ARGS)
 
 setup: $(STAMPS)/project $(STAMPS)/fairseq ## set up .venv and run nothing
 

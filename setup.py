@@ -23,6 +23,8 @@ PACKAGES = [
     "fairseq_moe_opt.placement",
     "fairseq_moe_opt.placement.strategies",
     "fairseq_moe_opt.profiling",
+    "fairseq_moe_opt.reproduction",
+    "fairseq_moe_opt.reproduction.sections",
     "fairseq_moe_opt.tasks",
     "hf_integration",
     "hf_integration.families",
@@ -77,7 +79,11 @@ setup(
     python_requires=">=3.10",
     packages=[*PACKAGES, PRESETS],
     package_dir={PRESETS: "configs"},
-    package_data={"fairseq_moe_opt": ["py.typed"], "hf_integration": ["py.typed"], PRESETS: ["presets/*.yaml"]},
+    package_data={
+        "fairseq_moe_opt": ["py.typed"],
+        "hf_integration": ["py.typed"],
+        PRESETS: ["*.yaml", "*.txt", "presets/*.yaml"],
+    },
     zip_safe=False,
     install_requires=CORE,
     extras_require={

@@ -22,11 +22,16 @@ PRESET_HELP = "several options at once: the name of a preset that comes with the
 _SUFFIXES = (".yaml", ".yml")
 
 
-def presets_folder() -> Path:
-    """Where the presets are: inside the package when installed, in ``configs`` beside it in a checkout."""
+def configs_folder() -> Path:
+    """The project's YAML files: inside the package when installed, in ``configs`` beside it in a checkout."""
     package = Path(__file__).resolve().parent
-    installed = package / "configs" / "presets"
-    return installed if installed.is_dir() else package.parent / "configs" / "presets"
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def presets_folder() -> Path:
+    """Where the presets are."""
+    return configs_folder() / "presets"
 
 
 def preset_names() -> tuple[str, ...]:

@@ -53,10 +53,11 @@ MAY_IMPORT: Mapping[str, frozenset[str]] = {
     "build": BOTTOM | SIBLINGS | {"options"},
     "rank_caches": BOTTOM | SIBLINGS,  # what placement does to caches: of two siblings, so above both
     "package": frozenset({"errors", "options"}),  # fairseq_moe_opt/__init__.py: names for type checkers
+    "reproduction": BOTTOM | SIBLINGS | _MIDDLE | {"package"},  # as users run the engine, without a host framework
     "models": _BELOW_TOP,
     "tasks": _BELOW_TOP | {"models"},
     HF: _BELOW_TOP,
-    "cli": _BELOW_TOP | {HF},
+    "cli": _BELOW_TOP | {HF, "reproduction"},
     LAUNCH: _BELOW_TOP | {HF, "cli"},  # a command line of its own, with the commands of cli
 }
 
