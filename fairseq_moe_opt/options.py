@@ -92,6 +92,10 @@ class MoEOptions:
     """file that the experts each forward needs, and their rows, are recorded in, for warm_start, moe-opt cache and
     moe-opt place."""
 
+    rebalance_every: int = 0
+    """where ranks share experts: after so many generate calls (of each rank, each a batch), move some experts to the
+    ranks that recent loads ask for; 0 leaves them where they are."""
+
     profile: bool = False
     """time routing, dispatch, experts and combine of every layer; the times are in the report."""
 
@@ -105,6 +109,7 @@ class MoEOptions:
             value = getattr(self, name)
             if value not in choices:
                 raise OptionError(name, f"{value!r} is not one of {', '.join(choices)}")
+        object.__setattr__(self, "rebalance_every", _count("rebalance_every", self.rebalance_every))
         if not isinstance(self.profile, bool):
             raise OptionError("profile", f"{self.profile!r} is not true or false")
         if self.gating == "static" and self.kernel != "auto":
@@ -168,6 +173,15 @@ def _size(option: str, value: object) -> str:
             raise OptionError(option, "'all' is not a size; 100% holds every expert")
         return str(value)
     raise OptionError(option, f"{value!r} is not a size such as '2GiB' or '25%'")
+
+
+def _count(option: str, value: object) -> int:
+    """A whole number that is not negative; command lines give it as text."""
+    if isinstance(value, str) and value.isdecimal():
+        value = int(value)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise OptionError(option, f"{value!r} is not 0 or a whole number above it")
+    return value
 
 
 def option_names() -> tuple[str, ...]:

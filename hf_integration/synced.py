@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationMixin, StoppingCriteria, StoppingCriteriaList
 
+from fairseq_moe_opt.build import Rebalancer
 from fairseq_moe_opt.errors import OptionError
 from fairseq_moe_opt.parallel import Collectives
 from hf_integration.padding import PaddingMasks
@@ -23,10 +24,13 @@ class SyncedDecoding:
 
     Attributes:
         ranks: that step together.
+        rebalancer: is told of the end of every call, the moment at which no rank is within a forward.
     """
 
-    def __init__(self, model: GenerationMixin, ranks: Collectives, masks: PaddingMasks) -> None:
-        self.ranks = ranks
+    def __init__(
+        self, model: GenerationMixin, ranks: Collectives, masks: PaddingMasks, rebalancer: Rebalancer | None = None
+    ) -> None:
+        self.ranks, self.rebalancer = ranks, rebalancer
         self._model, self._masks = model, masks
         self._is_dummy = False
 
@@ -37,11 +41,14 @@ class SyncedDecoding:
         criteria = StoppingCriteriaList([*(kwargs.pop("stopping_criteria", None) or ())])
         criteria.append(_NoteFinished(self._masks, self._ends(kwargs)))
         try:
-            return type(self._model).generate(
+            result = type(self._model).generate(
                 self._model, *args, stopping_criteria=criteria, synced_gpus=True, **kwargs
             )
         finally:
             self._masks.idle, self._masks.finished = False, None
+        if self.rebalancer is not None:
+            self.rebalancer.call_ended()
+        return result
 
     def dummy(self, **settings: Any) -> None:
         """Take part in one ``generate`` of the others, with one token whose result is thrown away."""

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from fairseq_moe_opt.moe.cache_report import BufferReport, CacheCounters, CacheReport
-from fairseq_moe_opt.moe.exchange_report import ExchangeCounters, ExchangeReport
+from fairseq_moe_opt.moe.exchange_report import ExchangeCounters, ExchangeReport, RebalanceReport
 from fairseq_moe_opt.moe.types import Dispatch
 
 STEPS = ("routing", "dispatch", "experts", "combine")
@@ -176,6 +176,8 @@ class Report:
         peak_memory_kind: ``cuda allocated`` since the reset, or ``process resident`` since the process started.
         seconds: wall time of the generate call, 0 when there was none.
         buffer: the memory that experts share; None where all of them stay.
+        rebalancing: what moving experts between ranks took since the model was loaded, for it happens between calls;
+            None where one process has them all.
     """
 
     family: str
@@ -187,6 +189,7 @@ class Report:
     peak_memory_kind: str
     seconds: float
     buffer: BufferReport | None = None
+    rebalancing: RebalanceReport | None = None
 
     @property
     def step_seconds(self) -> dict[str, float]:
