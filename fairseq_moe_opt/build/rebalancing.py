@@ -38,7 +38,7 @@ from fairseq_moe_opt.placement import LoadHistory, Placement, replan
 REMEMBERED = 256
 """Forwards of a layer, the last ones, whose loads decide."""
 MOVED_SHARE = 1 / 8
-"""Of all copies of experts: how many may move at one time."""
+"""Of all copies of experts: how many may move at one time, but a swap always may."""
 LEAST_GAIN = 0.002
 """Share of a layer's expected squared load that each move has to save, or it is not worth its bytes."""
 
@@ -154,7 +154,7 @@ class Rebalancer:
 
     def _replanned(self, history: LoadHistory) -> Placement:
         slots = sum(sum(one.num_slots) for one in self._maps.values())
-        return replan(self.placement, history, max_moves=int(slots * MOVED_SHARE), least_gain=LEAST_GAIN)
+        return replan(self.placement, history, max_moves=max(2, int(slots * MOVED_SHARE)), least_gain=LEAST_GAIN)
 
     @property
     def _device(self) -> torch.device:

@@ -47,9 +47,7 @@ class ModuleShare:
         held: which these are, by slot.
     """
 
-    def __init__(
-        self, pairs: Sequence[tuple[nn.Module, nn.Module]], store: ModuleExperts, held: Sequence[int]
-    ) -> None:
+    def __init__(self, pairs: Sequence[tuple[nn.Module, nn.Module]], store: ModuleExperts, held: Sequence[int]) -> None:
         self._pairs, self._store, self._held = tuple(pairs), store, tuple(held)
 
     @property

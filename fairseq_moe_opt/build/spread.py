@@ -24,9 +24,7 @@ def spread_experts(
     return ExpertSpread(ranks, slot_maps_for(layers, ranks.size, placement))
 
 
-def slot_maps_for(
-    layers: Sequence[TraceLayer], num_ranks: int, placement: Placement | None
-) -> Mapping[str, SlotMap]:
+def slot_maps_for(layers: Sequence[TraceLayer], num_ranks: int, placement: Placement | None) -> Mapping[str, SlotMap]:
     """Which rank holds which expert of every one of ``layers``, by its name; PlacementError as above."""
     if placement is None:
         maps = {layer.name: SlotMap.contiguous(layer.num_experts, num_ranks) for layer in layers}

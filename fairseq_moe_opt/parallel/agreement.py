@@ -24,7 +24,9 @@ def agree(
 ) -> None:
     """Compare ``facts`` (what it is, such as ``checkpoint``, to its fingerprint) between ranks.
 
-    The message begins with ``problem`` and ends with ``advice``. Raises ParallelError with the same message on every rank, naming the ranks that differ and in what.
+    The message begins with ``problem`` and ends with ``advice``.
+
+    Raises ParallelError with the same message on every rank, naming the ranks that differ and in what.
     """
     by_rank = cast("list[Mapping[str, str]]", ranks.gather_objects(dict(facts)))
     found = list(disagreements(by_rank))

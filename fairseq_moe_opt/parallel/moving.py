@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -102,7 +103,7 @@ def send_experts(
     sizes = range(ranks.size)
     outgoing = [[move for move in moves if (move.source, move.target) == (ranks.rank, other)] for other in sizes]
     incoming = [[move for move in moves if (move.target, move.source) == (ranks.rank, other)] for other in sizes]
-    leaving, arriving = sum(outgoing, []), sum(incoming, [])
+    leaving, arriving = list(chain.from_iterable(outgoing)), list(chain.from_iterable(incoming))
     sent = torch.empty(len(leaving), expert_bytes, dtype=torch.uint8, device=device)
     received = torch.empty(len(arriving), expert_bytes, dtype=torch.uint8, device=device)
     for row, move in zip(sent, leaving, strict=True):
