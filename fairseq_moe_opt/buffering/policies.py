@@ -105,7 +105,7 @@ class History:
         """These experts are asked for no more."""
         for known in (self.last_use, self.uses, self.heat, self.loaded, self._frequency):
             for key in keys:
-                known.pop(key, None)  # type: ignore[attr-defined]
+                known.pop(key, None)
         for layer, experts in self.active.items():
             self.active[layer] = frozenset(one for one in experts if ExpertKey(layer, one) not in keys)
 

@@ -144,7 +144,7 @@ class Rebalancer:
         counts = {one.name: self._loads.counts(one.name) for one in self._traced}
         whole = torch.cat([one.reshape(-1) for one in counts.values()]).to(self._device)
         self._ranks.add_up(whole)
-        parts = whole.cpu().split([one.numel() for one in counts.values()])
+        parts = torch.split(whole.cpu(), [one.numel() for one in counts.values()])
         layers = {
             name: np.asarray(part.view(one.shape).numpy())
             for (name, one), part in zip(counts.items(), parts, strict=True)

@@ -120,12 +120,12 @@ def nbytes_of(tensors: Sequence[Tensor]) -> int:
 
 def copy_in(row: Tensor, tensors: Sequence[Tensor]) -> None:
     """Write the bytes of ``row`` into ``tensors``, one after the other."""
-    for part, tensor in zip(row.split([nbytes_of([one]) for one in tensors]), tensors, strict=True):
+    for part, tensor in zip(torch.split(row, [nbytes_of([one]) for one in tensors]), tensors, strict=True):
         _as_bytes(tensor).copy_(part)
 
 
 def _copy_out(tensors: Sequence[Tensor], row: Tensor) -> None:
-    for part, tensor in zip(row.split([nbytes_of([one]) for one in tensors]), tensors, strict=True):
+    for part, tensor in zip(torch.split(row, [nbytes_of([one]) for one in tensors]), tensors, strict=True):
         part.copy_(_as_bytes(tensor))
 
 
