@@ -42,7 +42,10 @@ MOVED_SHARE = 1 / 8
 LEAST_GAIN = 0.002
 """Share of a layer's expected squared load that each move has to save, or it is not worth its bytes."""
 
-_DISAGREE = {"problem": "do not agree on where experts go", "advice": "Call rebalance on all of them with the same"}
+_DISAGREE: Mapping[str, str] = {
+    "problem": "do not agree on where experts go",
+    "advice": "Call rebalance on all of them with the same",
+}
 
 
 class LoadWindow:

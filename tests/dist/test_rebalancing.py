@@ -84,6 +84,8 @@ def test_moving_in_the_middle_of_a_text_changes_no_token(num_ranks: int) -> None
         "buffered": (uneven, {"expert_memory": "40%"}),
         "buffered, two tiers": (even, {"expert_memory": "20%", "host_memory": "40%", "prefetch": "previous"}),
     }
+    if num_ranks == 3:
+        cases = {name: cases[name] for name in ("resident, other numbers", "packed", "buffered")}
     everybody = values_of(start_ranks(num_ranks, move_by_hand, cases, **PATIENCE))
     for name, (_, options) in cases.items():
         expected = alone(options.get("expert_dtype", "checkpoint"))[:TEXT]
@@ -93,7 +95,7 @@ def test_moving_in_the_middle_of_a_text_changes_no_token(num_ranks: int) -> None
         _check_reports(name, [results[name][2:4] for results in everybody])
     whole_model = load(parallel=False)
     whole_model.moe.undo()
-    for name in ("resident", "packed, other numbers"):
+    for name in {"resident", "packed", "packed, other numbers"}.intersection(cases):
         for results in everybody:
             assert results[name][4] == pytest.approx(model_sum(whole_model), rel=1e-12)
 
