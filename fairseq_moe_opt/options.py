@@ -94,6 +94,10 @@ class MoEOptions:
     """file that the experts each forward needs, and their rows, are recorded in, for warm_start, moe-opt cache and
     moe-opt place."""
 
+    rebalance_every: int = 0
+    """where ranks share experts: after so many generate calls (of each rank, each a batch), move some experts to the
+    ranks that recent loads ask for; 0 leaves them where they are."""
+
     profile: bool | str = False
     """time routing, dispatch, experts and combine of every layer, for the report; or a folder: a profile of everything
     that ran is written there in the end, as pictures, a page and JSON."""
@@ -108,6 +112,7 @@ class MoEOptions:
             value = getattr(self, name)
             if value not in choices:
                 raise OptionError(name, f"{value!r} is not one of {', '.join(choices)}")
+        object.__setattr__(self, "rebalance_every", _count("rebalance_every", self.rebalance_every))
         if not _is_folder_or_bool(self.profile):
             raise OptionError("profile", f"{self.profile!r} is not true or false, nor a folder")
         if self.gating == "static" and self.kernel != "auto":
@@ -183,6 +188,15 @@ def _is_folder_or_bool(value: object) -> bool:
     if isinstance(value, str):
         return bool(value.strip()) and value.strip().lower() not in _YES_OR_NO
     return isinstance(value, bool)
+
+
+def _count(option: str, value: object) -> int:
+    """A whole number that is not negative; command lines give it as text."""
+    if isinstance(value, str) and value.isdecimal():
+        value = int(value)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise OptionError(option, f"{value!r} is not 0 or a whole number above it")
+    return value
 
 
 def option_names() -> tuple[str, ...]:

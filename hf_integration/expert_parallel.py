@@ -69,8 +69,8 @@ def spread_over_ranks(
     Raises ParallelError on every rank when they differ, PlacementError or OptionError when they agree on what is wrong.
     """
     agree(parallel.ranks, _facts(parallel, compared))
-    spread = spread_experts(layers, parallel.ranks, compared.options, parallel.placement)
-    return replace(spread, kind=parallel.exchange), _with_choices(compared, parallel.ranks, device)
+    spread = spread_experts(layers, parallel.ranks, compared.options, parallel.placement, parallel.exchange)
+    return spread, _with_choices(compared, parallel.ranks, device)
 
 
 def _facts(parallel: ExpertParallel, compared: Compared) -> Mapping[str, str]:

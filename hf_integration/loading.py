@@ -21,7 +21,7 @@ from transformers.models.nllb_moe.modeling_nllb_moe import (
     NllbMoeSinusoidalPositionalEmbedding,
 )
 
-from fairseq_moe_opt.build import EXPERT_DTYPES, ExpertBuffer, build_buffer
+from fairseq_moe_opt.build import EXPERT_DTYPES, ExpertBuffer, build_buffer, require_ranks
 from fairseq_moe_opt.checkpoints import CheckpointIndex, TensorRecord, open_index, read_tensor
 from fairseq_moe_opt.checkpoints.expert_dtypes import NOTE, SCALE_SUFFIX, is_scale, scale_of
 from fairseq_moe_opt.errors import CheckpointError, NoMoELayerError, OptionError
@@ -67,6 +67,8 @@ def from_pretrained(
     started with different things; all are checked before the first weight is read.
     """
     wanted = MoEOptions.from_kwargs(**with_preset(options))
+    if parallel is None:
+        require_ranks(wanted)
     folder = local_folder(path_or_id)
     config = read_config(folder)
     index = open_index(folder)
@@ -95,7 +97,7 @@ def from_pretrained(
     if spread is not None:
         reason = Reason(f"spread over {spread.ranks.size} ranks", "without parallel")
         refuse_without_experts(model, blocks, handle.patches, target, dtypes.model, reason)
-        handle.patches.on_undo(_ReadLeftOut(model, index, names, dtypes, target, left_out))
+        handle.patches.on_undo(_ReadLeftOut(model, index, names, dtypes, target))
     elif buffer is not None:
         experts = {name: nllb_moe.expert_pairs(block) for name, block in blocks.items()}
         keep_in_files(model, experts, buffer.stores, handle.patches, target, dtypes.model)
@@ -141,8 +143,7 @@ def _buffer(
 
     layers = nllb_moe.expert_layers(model, find)
     if spread is not None:
-        held = {layer.name: spread.held(layer.name) for layer in layers}
-        layers = tuple(replace(one, experts=tuple(one.experts[expert] for expert in held[one.name])) for one in layers)
+        layers = tuple(replace(layer, share=spread.held(layer.name)) for layer in layers)
     return build_buffer(layers, options, device, dtypes.model, dtypes.matrices)
 
 
@@ -240,15 +241,20 @@ class _ReadLeftOut:
     names: Mapping[str, str]
     dtypes: _Dtypes
     device: torch.device
-    left_out: Collection[str]
 
     def __call__(self) -> None:
         """Read them; MoEError when there is not enough memory, with nothing changed."""
-        modules = {name: self.model.get_submodule(name.rpartition(".")[0]) for name in self.left_out}
-        require_memory({id(module): module for module in modules.values()}.values(), self.device)
-        for name in sorted(set(self.left_out) & set(self.names)):
-            path, _, leaf = name.rpartition(".")
-            _load_tensor(modules[name], leaf, self.index, self.names[name], self.dtypes.of(path), self.device)
+        # Which experts are elsewhere is seen now: some may have changed ranks since the model was loaded.
+        absent = {
+            path: linear
+            for path, linear in nllb_moe.expert_linears(self.model)
+            if any(tensor.is_meta for _, tensor in _tensors(linear))
+        }
+        require_memory(absent.values(), self.device)
+        for path, linear in absent.items():
+            for leaf in [leaf for leaf, _ in _tensors(linear) if f"{path}.{leaf}" in self.names]:
+                stored = self.names[f"{path}.{leaf}"]
+                _load_tensor(linear, leaf, self.index, stored, self.dtypes.of(path), self.device)
 
 
 def _left_out(model: PreTrainedModel, spread: ExpertSpread | None, is_buffered: bool) -> frozenset[str]:

@@ -14,12 +14,14 @@ import torch
 from torch import nn
 from transformers import GenerationMixin
 
-from fairseq_moe_opt.build import ExpertBuffer
+from fairseq_moe_opt.build import ExpertBuffer, Rebalancer, require_ranks
 from fairseq_moe_opt.errors import OptionError
+from fairseq_moe_opt.moe.exchange_report import RebalanceReport
 from fairseq_moe_opt.moe.report import Report, peak_memory, tokens_by_phase, write_report
 from fairseq_moe_opt.moe.trace import TraceLayer, TraceRecorder, write_trace
 from fairseq_moe_opt.options import MoEOptions
 from fairseq_moe_opt.parallel import ALL_REDUCE, ExpertSpread
+from fairseq_moe_opt.placement import Placement
 from fairseq_moe_opt.presets import with_preset
 from fairseq_moe_opt.profiling import ALL_CALLS, Profile, Profiler, check_folder, write_profile
 from hf_integration.expert_dtypes import require_scales
@@ -43,11 +45,13 @@ class Handle:
         installed: Installed,
         options: MoEOptions,
         decoding: Decoding | None = None,
+        rebalancer: Rebalancer | None = None,
     ) -> None:
         self.options = options
         self.decoding = decoding
         self._model = model
         self._installed = installed
+        self._rebalancer = rebalancer
         self._seconds = 0.0
         self._recorder = self.record() if options.trace is not None else None
         self._profiler: Profiler | None = None
@@ -68,17 +72,38 @@ class Handle:
         """What the layers did since the last reset; every ``generate`` call starts with one."""
         layers = tuple(layer.counters.snapshot() for layer in self._installed.layers)
         peak, kind = peak_memory(self._device())
+        moving = self._rebalancer
         return Report(
             family=self._installed.family,
             options=self.options.to_dict(),
             layers=layers,
             tokens=tokens_by_phase(layers),
-            expert_bytes=self._installed.expert_bytes,
+            expert_bytes=self._installed.expert_bytes if moving is None else moving.expert_bytes,
             peak_memory_bytes=peak,
             peak_memory_kind=kind,
             seconds=self._seconds,
             buffer=self._installed.buffer,
+            rebalancing=None if moving is None else moving.report,
         )
+
+    @property
+    def placement(self) -> Placement | None:
+        """Which rank holds which expert now; None where this process has them all."""
+        return None if self._rebalancer is None else self._rebalancer.placement
+
+    def rebalance(self, placement: Placement | None = None) -> RebalanceReport:
+        """Move experts between the ranks that share them; outputs stay what they are. Every rank calls it.
+
+        To ``placement``, or, where that is None, the few moves that the recent loads of all ranks ask for. It is done
+        between two calls of the model, never within one. The result is what this took; ``report().rebalancing`` is
+        the sum.
+
+        Raises ParallelError on every rank when they are given different placements, PlacementError for one of another
+        model or number of ranks, OptionError where this process has all experts.
+        """
+        if self._rebalancer is None or not self.active:
+            raise OptionError("placement", "this process has all experts of the model: there is nowhere to move them")
+        return self._rebalancer.by_loads() if placement is None else self._rebalancer.to(placement)
 
     def reset(self) -> None:
         """Set all counters to zero."""
@@ -202,6 +227,7 @@ def optimize(model: nn.Module, **options: Any) -> Handle:
     int8 experts that were not loaded by :func:`~hf_integration.from_pretrained`.
     """
     wanted = MoEOptions.from_kwargs(**with_preset(options))
+    require_ranks(wanted)
     if isinstance(getattr(model, "moe", None), Handle):
         raise OptionError("model", "this model is already optimised; call model.moe.undo() first to change options")
     if wanted.buffered:
@@ -226,12 +252,18 @@ def install(
     family = family_of(model)
     require_scales(model)
     installed = family.install(model, options, buffer, spread)
-    decoding = None
+    decoding: Decoding | None = None
+    rebalancer: Rebalancer | None = None
+    if spread is not None:
+        layers = {layer.counters.name: layer for layer in installed.layers}
+        rebalancer = Rebalancer(spread, layers, installed.shares, options.rebalance_every)
     if spread is not None and isinstance(model, GenerationMixin):
-        kind = SharedDecoding if spread.kind == ALL_REDUCE else SyncedDecoding
-        decoding = kind(model, spread.ranks, installed.masks)
+        if spread.kind == ALL_REDUCE:
+            decoding = SharedDecoding(model, spread.ranks, installed.masks)
+        else:
+            decoding = SyncedDecoding(model, spread.ranks, installed.masks, rebalancer)
         decoding.install(installed.patches)
-    handle = Handle(model, installed, options, decoding)
+    handle = Handle(model, installed, options, decoding, rebalancer)
     if isinstance(model, GenerationMixin):
         installed.patches.set_attribute(model, "generate", _Generate(model, handle))
     installed.patches.set_attribute(model, "moe", handle)

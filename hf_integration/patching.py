@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from fairseq_moe_opt.build import ExpertShare
 from fairseq_moe_opt.moe import MoELayer
 from fairseq_moe_opt.moe.cache_report import BufferReport
 
@@ -75,6 +76,7 @@ class Installed:
         expert_bytes: bytes of all expert weights, or of this rank's.
         masks: which tokens the layers do not route.
         buffer: of the memory they share; None where all of them stay.
+        shares: this rank's experts by layer, where ranks share them.
     """
 
     family: str
@@ -83,3 +85,4 @@ class Installed:
     expert_bytes: int
     masks: PaddingMasks
     buffer: BufferReport | None = None
+    shares: Mapping[str, ExpertShare] = field(default_factory=dict)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 
+from fairseq_moe_opt.build import Rebalancer
 from fairseq_moe_opt.errors import OptionError
 from fairseq_moe_opt.parallel import Collectives, agree, follow_first
 from hf_integration.finished import FinishedSentences
@@ -28,10 +29,13 @@ class SyncedDecoding:
 
     Attributes:
         ranks: that step together.
+        rebalancer: is told of the end of every call, the moment at which no rank is within a forward.
     """
 
-    def __init__(self, model: GenerationMixin, ranks: Collectives, masks: PaddingMasks) -> None:
-        self.ranks = ranks
+    def __init__(
+        self, model: GenerationMixin, ranks: Collectives, masks: PaddingMasks, rebalancer: Rebalancer | None = None
+    ) -> None:
+        self.ranks, self.rebalancer = ranks, rebalancer
         self._model, self._masks = model, masks
         self._finished = FinishedSentences(model, masks)
         self._is_dummy = False
@@ -47,12 +51,15 @@ class SyncedDecoding:
             raise OptionError("synced_gpus", "False would leave other ranks waiting: these ranks share their experts")
         criteria = self._finished.watching(kwargs)
         try:
-            return type(self._model).generate(
+            result = type(self._model).generate(
                 self._model, *args, stopping_criteria=criteria, synced_gpus=True, **kwargs
             )
         finally:
             self._masks.idle = False
             self._finished.forget()
+        if self.rebalancer is not None:
+            self.rebalancer.call_ended()
+        return result
 
     def calls(self, num_batches: int) -> int:
         """How often all ranks call ``generate`` when this one has so many batches."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -100,6 +100,14 @@ class History:
         """A load of ``key`` was decided."""
         self._loads += 1
         self.loaded[key] = self._loads
+
+    def forget(self, keys: Collection[ExpertKey]) -> None:
+        """These experts are asked for no more."""
+        for known in (self.last_use, self.uses, self.heat, self.loaded, self._frequency):
+            for key in keys:
+                known.pop(key, None)
+        for layer, experts in self.active.items():
+            self.active[layer] = frozenset(one for one in experts if ExpertKey(layer, one) not in keys)
 
     def is_active(self, key: ExpertKey) -> bool:
         """Whether the current batch uses ``key``: the last forward of its layer did, and that is not long ago.

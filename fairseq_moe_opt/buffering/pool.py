@@ -39,23 +39,28 @@ _PATIENCE = 8
 """Forwards of a layer in which an expert must not be expected, to make room for one that is only guessed."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class PooledLayer:
     """What the pool has to know of a layer.
 
     Attributes:
         name: its name in the model.
         phase: ``encoder`` or ``decoder``.
-        num_experts: E.
+        held: the logical experts that it may ask for, in the order of its store: all E, or a rank's own.
         layout: of its experts in a slot.
         counters: what its hits and misses are added to.
     """
 
     name: str
     phase: str
-    num_experts: int
+    held: tuple[int, ...]
     layout: SlotLayout
     counters: CacheCounters
+
+    @property
+    def num_experts(self) -> int:
+        """How many it may ask for: E, or E_local."""
+        return len(self.held)
 
 
 @dataclass(eq=False)
@@ -174,6 +179,23 @@ class ExpertPool:
                 group = self._groups[key.layer]
                 if group.free:
                     self._start_ahead(self.layers[key.layer], key, group.free.pop())
+
+    def hold(self, layer: PooledLayer, held: Sequence[int]) -> None:
+        """Let ``layer`` ask for the experts ``held`` from now on; what it has no more leaves its slots.
+
+        No forward of ``layer`` may be running. Waits for what is on its way.
+        """
+        group = self._groups[layer.name]
+        gone = {ExpertKey(layer.name, expert) for expert in set(layer.held).difference(held)}
+        with self.changed:
+            self.changed.wait_for(lambda: gone.isdisjoint(group.loading))
+            for key in sorted(gone.intersection(group.resident)):
+                group.free.append(self.evict(key))
+            self._expected -= gone
+            self._ahead -= gone
+            self._predictions.pop(layer.name, None)
+            self._history.forget(gone)
+            layer.held = tuple(held)
 
     # What follows is called with the lock held.
 

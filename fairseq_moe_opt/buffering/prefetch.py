@@ -56,7 +56,7 @@ class Prefetcher:
         following = self._next[layer.name]
         if wants_all(layer, following, rows):
             with self._pool.changed:
-                self._pool.fetch_ahead(following, range(following.num_experts), certain=True)
+                self._pool.fetch_ahead(following, following.held, certain=True)
         elif self.predictor == PREVIOUS:
             with self._pool.changed:
                 self._pool.fetch_ahead(following, sorted(self._pool.last_needed(following)), certain=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from fairseq_moe_opt.buffering.host_compute import HostCompute
 from fairseq_moe_opt.buffering.pool import ExpertPool, PooledLayer
 from fairseq_moe_opt.buffering.prefetch import Prefetcher
 from fairseq_moe_opt.buffering.visit import Visit
+from fairseq_moe_opt.errors import MoEError
 from fairseq_moe_opt.moe.types import ExpertWave
 
 
@@ -36,10 +38,11 @@ class BufferedExperts:
     ) -> None:
         self.pool, self.layer = pool, layer
         self._prefetcher, self._host_compute = prefetcher, host_compute
+        self._is_shared = False
 
     @property
     def num_experts(self) -> int:
-        """E."""
+        """E, or E_local."""
         return self.layer.num_experts
 
     @property
@@ -69,11 +72,29 @@ class BufferedExperts:
         if not needed:
             return
         prefetcher = self._prefetcher
-        for wave in Visit(self.pool, self.layer, needed, self._host_compute, counts).waves():
+        # The pool knows logical experts, in ascending order; a layer asks by the place in what it holds.
+        held = self.layer.held
+        places = sorted(needed, key=held.__getitem__)
+        place_of = {held[place]: place for place in places}
+        rows_of = None if counts is None else dict(zip(needed, counts, strict=True))
+        sizes = None if rows_of is None else [rows_of[place] for place in places]
+        for wave in Visit(self.pool, self.layer, tuple(place_of), self._host_compute, sizes).waves():
             if prefetcher is not None:  # once, when what this forward misses is on its way
                 prefetcher.after(self.layer, rows)
                 prefetcher = None
-            yield wave
+            yield replace(wave, experts=tuple(place_of[expert] for expert in wave.experts))
+
+    def hold(self, held: Sequence[int]) -> None:
+        """Have the logical experts ``held`` from now on, in this order; each is read when it is first asked for.
+
+        No forward may be running. Raises MoEError where a copy of the model uses the same slots.
+        """
+        if self._is_shared:
+            raise MoEError(
+                f"{self.layer.name}: a copy of this model uses the same buffered experts, and would find others in "
+                "their place: move experts before the model is copied, or load it a second time"
+            )
+        self.pool.hold(self.layer, held)
 
     def look_ahead(self, tokens: Tensor, rows: int) -> None:
         """Tell what (T, D) ``tokens`` the layer was given, and how many rows it routed: predicts the next layer."""
@@ -82,4 +103,5 @@ class BufferedExperts:
 
     def __deepcopy__(self, memo: dict[int, object]) -> BufferedExperts:
         # Experts never change, so a copied model shares them, and their pool.
+        self._is_shared = True
         return self

@@ -53,11 +53,18 @@ class ExpertLayer:
         name: the layer's name in its model.
         phase: ``encoder`` or ``decoder``.
         experts: of expert ``e``, at place ``e``: field of ``ExpertWeights`` to the tensor's record.
+        share: where ranks share the experts, those of this one, in slot order; None for all.
     """
 
     name: str
     phase: str
     experts: tuple[ExpertRecords, ...]
+    share: tuple[int, ...] | None = None
+
+    @property
+    def held(self) -> tuple[int, ...]:
+        """The experts that the layer computes here."""
+        return tuple(range(len(self.experts))) if self.share is None else self.share
 
 
 @dataclass(frozen=True)
@@ -139,7 +146,7 @@ def _source(
         return _Source(files, files.scratch_bytes_for(wanted, on_cpu=not pinned), None)
     wanted = {layer.name: _host_template(layer.experts[0], expert_dtype, dtype) for layer in layers}
     layouts = {name: SlotLayout.of(template) for name, template in wanted.items()}
-    slot_bytes, experts = slot_bytes_for(layouts.values()), sum(len(layer.experts) for layer in layers)
+    slot_bytes, experts = slot_bytes_for(layouts.values()), sum(len(layer.held) for layer in layers)
     slots = num_slots("host_memory", options.host_memory, experts * slot_bytes, slot_bytes, at_least=1, at_most=experts)
     tier = HostTier(files, layouts, slots, pinned=pinned)
     return _Source(tier, files.scratch_bytes_for(wanted, on_cpu=True), tier)
@@ -155,13 +162,14 @@ def _host_compute(pool: ExpertPool, source: _Source, options: MoEOptions, row_dt
 
 def _pooled(layer: ExpertLayer, expert_dtype: torch.dtype, dtype: torch.dtype) -> PooledLayer:
     layout = SlotLayout.of(_template(layer.experts[0], expert_dtype, dtype))
-    return PooledLayer(layer.name, layer.phase, len(layer.experts), layout, CacheCounters())
+    return PooledLayer(layer.name, layer.phase, layer.held, layout, CacheCounters())
 
 
 def _trace_for(layers: Sequence[PooledLayer], path: str) -> Trace:
     trace = read_trace(path)
-    check_trace(trace, [TraceLayer(layer.name, layer.phase, layer.num_experts) for layer in layers], path)
-    return trace
+    own = [TraceLayer(layer.name, layer.phase, layer.num_experts) for layer in layers]
+    check_trace(trace, own, path)
+    return trace.named_as(own)
 
 
 def _prefetcher(pool: ExpertPool, how: str, device: torch.device) -> Prefetcher | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fairseq_moe_opt.buffering import BufferedExperts
+from fairseq_moe_opt.build.spread import require_ranks
 from fairseq_moe_opt.errors import OptionError
 from fairseq_moe_opt.moe.experts import NO_DROPOUT, ExpertDropout
 from fairseq_moe_opt.moe.kernels import choose_kernel
@@ -73,6 +74,8 @@ def build_layer(
     holds this rank's, by slot.
     """
     used = padded_exchange if options.gating == "static" else exchange
+    if used is None:
+        require_ranks(options)
     num_slots = spec.router.num_experts if used is None else used.num_slots
     if store.num_experts != num_slots:
         where = "" if used is None else f", {num_slots} of them on this rank,"

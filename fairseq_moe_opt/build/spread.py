@@ -2,48 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from fairseq_moe_opt.buffering import ROUTER
 from fairseq_moe_opt.errors import OptionError, PlacementError
-from fairseq_moe_opt.moe.trace import Trace, TraceLayer
+from fairseq_moe_opt.moe.trace import Trace, TraceLayer, portable_name
 from fairseq_moe_opt.options import MoEOptions
-from fairseq_moe_opt.parallel import Collectives, ExpertSpread, SlotMap
-from fairseq_moe_opt.placement import Placement, check_made_for
+from fairseq_moe_opt.parallel import ALL_TO_ALL, Collectives, ExpertSpread, SlotMap
+from fairseq_moe_opt.placement import Placement, RankSlots, check_made_for
 
 
 def spread_experts(
-    layers: Sequence[TraceLayer], ranks: Collectives, options: MoEOptions, placement: Placement | None = None
+    layers: Sequence[TraceLayer],
+    ranks: Collectives,
+    options: MoEOptions,
+    placement: Placement | None = None,
+    exchange: str = ALL_TO_ALL,
 ) -> ExpertSpread:
     """Give every rank its experts of ``layers``: as ``placement`` says, or in ascending equal parts.
+
+    ``exchange`` is a name of ``parallel.EXCHANGES``.
 
     Raises PlacementError when ``placement`` is of another model or number of ranks, or gives a rank no expert of a
     layer; OptionError for options that cannot be had on several ranks.
     """
-    _check_spreadable(options)
+    _check_spreadable(options, exchange)
+    return ExpertSpread(ranks, slot_maps_for(layers, ranks.size, placement), exchange)
+
+
+def slot_maps_for(layers: Sequence[TraceLayer], num_ranks: int, placement: Placement | None) -> Mapping[str, SlotMap]:
+    """Which rank holds which expert of every one of ``layers``, by its name; PlacementError as above."""
     if placement is None:
-        maps = {layer.name: SlotMap.contiguous(layer.num_experts, ranks.size) for layer in layers}
+        maps = {layer.name: SlotMap.contiguous(layer.num_experts, num_ranks) for layer in layers}
     else:
         fingerprint = Trace(tuple(layers), ()).fingerprint
-        check_made_for(placement, fingerprint, layers[0].num_experts, ranks.size)
-        unplaced = [layer.name for layer in layers if layer.name not in placement.layers]
+        check_made_for(placement, fingerprint, layers[0].num_experts, num_ranks)
+        placed = {portable_name(name): slots for name, slots in placement.layers.items()}
+        unplaced = [layer.name for layer in layers if portable_name(layer.name) not in placed]
         if unplaced:
             raise PlacementError(f"does not place the layer {unplaced[0]!r} of this model")
-        maps = {layer.name: _slot_map(placement, layer) for layer in layers}
+        maps = {layer.name: _slot_map(placed[portable_name(layer.name)], layer) for layer in layers}
     for name, slots in maps.items():
         for rank, experts in enumerate(slots.by_rank):
             if not experts:
                 raise PlacementError(f"rank {rank} holds no expert of {name!r}: fewer ranks, or another placement")
-    return ExpertSpread(ranks, maps)
+    return maps
 
 
-def _slot_map(placement: Placement, layer: TraceLayer) -> SlotMap:
-    """Replicas that a strategy put on one rank are one there: a second copy would take memory for nothing."""
-    by_rank = tuple(tuple(dict.fromkeys(experts)) for experts in placement.layers[layer.name])
-    return SlotMap(layer.num_experts, by_rank)
+def layer_placement(layers: Sequence[TraceLayer], maps: Mapping[str, SlotMap]) -> Placement:
+    """The inverse: what ``maps`` are as a placement."""
+    fingerprint = Trace(tuple(layers), ()).fingerprint
+    slots = {name: one.by_rank for name, one in maps.items()}
+    return Placement(slots, layers[0].num_experts, next(iter(maps.values())).num_ranks, "running", fingerprint)
 
 
-def _check_spreadable(options: MoEOptions) -> None:
+def require_ranks(options: MoEOptions) -> None:
+    """Raise OptionError for options that only ranks that share experts have a use for."""
+    if options.rebalance_every:
+        raise OptionError(
+            "rebalance_every", f"{options.rebalance_every} has no effect: one process has all experts; leave it out"
+        )
+
+
+def _slot_map(slots: RankSlots, layer: TraceLayer) -> SlotMap:
+    """Replicas that a file puts on one rank are one there: a second copy would take memory for nothing."""
+    return SlotMap(layer.num_experts, tuple(tuple(dict.fromkeys(experts)) for experts in slots))
+
+
+def _check_spreadable(options: MoEOptions, exchange: str) -> None:
+    if options.rebalance_every and exchange != ALL_TO_ALL:
+        raise OptionError("rebalance_every", f"experts move between ranks of the {ALL_TO_ALL} exchange only")
     if options.gating == "static":
         raise OptionError("gating", "'static' runs on one rank only; leave it at 'dynamic' where ranks share experts")
     if options.warm_start is not None:

@@ -51,7 +51,7 @@ class ExchangeReport:
         rank: of this process among those that share the experts.
         num_ranks: W.
         traffic: by direction.
-        slot_rows: rows that this rank computed, for whomever, by local slot.
+        slot_rows: rows that this rank computed, for whomever, by local slot; since experts last moved, where they do.
     """
 
     kind: str
@@ -59,6 +59,30 @@ class ExchangeReport:
     num_ranks: int
     traffic: dict[str, Traffic]
     slot_rows: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class RebalanceReport:
+    """What moving experts between ranks took.
+
+    Attributes:
+        times: that ranks took up another placement; one that is the running one does not count.
+        experts_moved: copies that some rank had not before, of all ranks and layers together.
+        experts_received: those of them that came to this rank.
+        bytes_sent: weights that this rank sent to others; 0 where experts are buffered, which are read from the files.
+        bytes_received: weights that it got from others.
+        seconds: of this rank, agreement and finding a placement included.
+    """
+
+    times: int = 0
+    experts_moved: int = 0
+    experts_received: int = 0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    seconds: float = 0.0
+
+    def __add__(self, other: RebalanceReport) -> RebalanceReport:
+        return RebalanceReport(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
 
 
 class ExchangeCounters:
@@ -85,6 +109,12 @@ class ExchangeCounters:
         with self._lock:
             self._traffic = dict.fromkeys(DIRECTIONS, Traffic())
             self._rows = [0] * self._num_slots
+
+    def have_slots(self, num_slots: int) -> None:
+        """Other experts are in the local slots now, ``num_slots`` of them: their rows are counted from 0."""
+        with self._lock:
+            self._num_slots = num_slots
+            self._rows = [0] * num_slots
 
     def add(self, direction: str, traffic: Traffic) -> None:
         """Count one collective."""

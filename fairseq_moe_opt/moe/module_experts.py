@@ -73,6 +73,10 @@ class ModuleExperts:
         first, second = fc1._parameters, fc2._parameters
         return ExpertWeights(first["weight"], first["bias"], second["weight"], second["bias"])  # type: ignore[arg-type]
 
+    def hold(self, pairs: Sequence[tuple[nn.Module, nn.Module]]) -> None:
+        """Have these experts from now on, in this order."""
+        self.pairs = tuple(pairs)
+
     def waves(
         self, needed: Sequence[int], rows: int | None = None, counts: Sequence[int] | None = None
     ) -> Iterator[ExpertWave]:
@@ -119,6 +123,13 @@ class PackedModuleExperts(ModuleExperts):
         for wave in super().waves(needed, rows):
             yield ExpertWave(wave.experts, wave.weights, self._packed)
 
+    def hold(self, pairs: Sequence[tuple[nn.Module, nn.Module]]) -> None:
+        """Have these experts from now on; packed anew unless each one's parameters are the views at its place."""
+        super().hold(pairs)
+        in_place = len(pairs) == self._packed.num_experts and all(map(self._is_view, range(len(pairs))))
+        if not in_place:
+            self._packed = self._pack()
+
     def unpack(self) -> None:
         """Give every expert's parameters storage of their own, expert by expert."""
         for expert in range(len(self.pairs)):
@@ -143,6 +154,27 @@ class PackedModuleExperts(ModuleExperts):
         for expert in range(len(self.pairs)):
             _move_into(self.weights(expert).tensors(), packed.expert(expert).tensors())
         return packed
+
+
+def trade_places(one: tuple[nn.Module, nn.Module], other: tuple[nn.Module, nn.Module]) -> None:
+    """Give each of two experts, of the same shapes and dtypes, the other's parameters and buffers: their memory."""
+    for mine, theirs in zip(one, other, strict=True):
+        for name in mine._parameters:
+            mine._parameters[name], theirs._parameters[name] = theirs._parameters[name], mine._parameters[name]
+        for name in mine._buffers:
+            mine._buffers[name], theirs._buffers[name] = theirs._buffers[name], mine._buffers[name]
+
+
+def move_expert(expert: tuple[nn.Module, nn.Module], device: torch.device) -> None:
+    """Give an expert memory on ``device`` that holds nothing yet; none at all on ``meta``."""
+    for module in expert:
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                value = torch.empty_like(parameter, device=device, memory_format=torch.contiguous_format)
+                module._parameters[name] = nn.Parameter(value, requires_grad=False)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty_like(buffer, device=device)
 
 
 def _move_into(parameters: Sequence[Tensor], views: Sequence[Tensor]) -> None:

@@ -19,7 +19,7 @@ from typing import TypeVar
 import torch
 
 from fairseq_moe_opt.moe.cache_report import BufferReport, CacheCounters, CacheReport
-from fairseq_moe_opt.moe.exchange_report import ExchangeCounters, ExchangeReport
+from fairseq_moe_opt.moe.exchange_report import ExchangeCounters, ExchangeReport, RebalanceReport
 from fairseq_moe_opt.moe.types import Dispatch
 
 STEPS = ("routing", "dispatch", "experts", "combine")
@@ -207,6 +207,8 @@ class Report:
         peak_memory_kind: ``cuda allocated`` since the reset, or ``process resident`` since the process started.
         seconds: wall time of the generate call, 0 when there was none.
         buffer: the memory that experts share; None where all of them stay.
+        rebalancing: what moving experts between ranks took since the model was loaded, for it happens between calls;
+            None where one process has them all.
     """
 
     family: str
@@ -218,6 +220,7 @@ class Report:
     peak_memory_kind: str
     seconds: float
     buffer: BufferReport | None = None
+    rebalancing: RebalanceReport | None = None
 
     @property
     def step_seconds(self) -> dict[str, float]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -35,6 +36,19 @@ class TraceLayer:
     name: str
     phase: str
     num_experts: int
+
+
+_PLACE = re.compile(r"(?:^|\.)((?:encoder|decoder)\.layers\.\d+)\.")
+
+
+def portable_name(layer: str) -> str:
+    """What a layer is called in every front end: its place in the model. Another name is left as it is.
+
+    >>> portable_name("model.encoder.layers.1.ffn"), portable_name("encoder.layers.1.moe_layer")
+    ('encoder.layers.1', 'encoder.layers.1')
+    """
+    found = _PLACE.search(layer)
+    return layer if found is None else found[1]
 
 
 @dataclass(frozen=True)
@@ -65,9 +79,21 @@ class Trace:
 
     @property
     def fingerprint(self) -> str:
-        """What a model must have in common for the trace to speak of it: names, phases and experts of its layers."""
-        text = ";".join(f"{layer.name}:{layer.phase}:{layer.num_experts}" for layer in self.layers)
+        """What a model must have in common for the trace to speak of it: places, phases and experts of its layers.
+
+        The same in Transformers and in fairseq, whatever they call a layer.
+        """
+        text = ";".join(f"{portable_name(layer.name)}:{layer.phase}:{layer.num_experts}" for layer in self.layers)
         return f"sha256:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+    def named_as(self, layers: Sequence[TraceLayer]) -> Trace:
+        """The same trace with the names that ``layers``, of a model it fits, have there."""
+        names = {portable_name(layer.name): layer.name for layer in layers}
+        found = {layer.name: names[portable_name(layer.name)] for layer in self.layers}
+        return Trace(
+            tuple(replace(layer, name=found[layer.name]) for layer in self.layers),
+            tuple(replace(visit, layer=found[visit.layer]) for visit in self.visits),
+        )
 
     def phase(self, name: str) -> tuple[TraceVisit, ...]:
         """The visits of one phase's layers."""

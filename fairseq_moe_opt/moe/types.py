@@ -269,7 +269,7 @@ class ExpertWave:
     """Experts that are in one place together, for a kernel to compute.
 
     Attributes:
-        experts: ids in this wave, ascending.
+        experts: ids in this wave, in the order of ``weights``.
         weights: the weights of ``experts[i]`` at place i.
         packed: the same as one stack over all E experts, when the store keeps it so; kernels that need it say so.
         on_host: the weights are in main memory instead of on the device, and to be computed there.

@@ -10,6 +10,7 @@ from fairseq_moe_opt.parallel.all_to_all import AllToAllExchange
 from fairseq_moe_opt.parallel.collectives import Collectives
 from fairseq_moe_opt.parallel.fake import FakeRanks, run_ranks
 from fairseq_moe_opt.parallel.groups import expert_group, group_ranks
+from fairseq_moe_opt.parallel.moving import Transfer, copy_in, nbytes_of, send_experts, settled, transfers
 from fairseq_moe_opt.parallel.padded import PaddedAllToAllExchange
 from fairseq_moe_opt.parallel.process_group import ProcessGroupRanks
 from fairseq_moe_opt.parallel.slot_map import SlotMap
@@ -29,9 +30,15 @@ __all__ = [
     "ProcessGroupRanks",
     "SlotMap",
     "TimedRanks",
+    "Transfer",
     "agree",
+    "copy_in",
     "expert_group",
     "follow_first",
     "group_ranks",
+    "nbytes_of",
     "run_ranks",
+    "send_experts",
+    "settled",
+    "transfers",
 ]

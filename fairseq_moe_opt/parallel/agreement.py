@@ -15,15 +15,23 @@ _SHOWN = 60
 """Characters of a value that a message shows."""
 
 
-def agree(ranks: Collectives, facts: Mapping[str, str]) -> None:
+def agree(
+    ranks: Collectives,
+    facts: Mapping[str, str],
+    *,
+    problem: str = "were not started alike",
+    advice: str = "Start all of them with the same",
+) -> None:
     """Compare ``facts`` (what it is, such as ``checkpoint``, to its fingerprint) between ranks.
+
+    The message begins with ``problem`` and ends with ``advice``.
 
     Raises ParallelError with the same message on every rank, naming the ranks that differ and in what.
     """
     by_rank = cast("list[Mapping[str, str]]", ranks.gather_objects(dict(facts)))
     found = list(disagreements(by_rank))
     if found:
-        raise ParallelError(f"ranks were not started alike: {'; '.join(found)}. Start all of them with the same")
+        raise ParallelError(f"ranks {problem}: {'; '.join(found)}. {advice}")
 
 
 def disagreements(by_rank: Sequence[Mapping[str, str]]) -> Iterator[str]:

@@ -54,12 +54,19 @@ class AllToAllExchange:
 
     def __init__(self, ranks: Collectives, slot_map: SlotMap) -> None:
         check_ranks(ranks, slot_map)
+        counters = ExchangeCounters("all-to-all", ranks.rank, ranks.size, slot_map.num_slots[ranks.rank])
+        self._ranks = MeteredCollectives(ranks, counters)
         self._slots = slot_map.num_slots
         self._is_sorted = slot_map.physical == tuple(range(slot_map.num_experts))
         self._shares = Shares(slot_map, ranks.rank)
-        self._ranks = MeteredCollectives(
-            ranks, ExchangeCounters("all-to-all", ranks.rank, ranks.size, self._slots[ranks.rank])
-        )
+
+    def follow(self, slot_map: SlotMap) -> None:
+        """Send rows as ``slot_map`` says from now on: experts have moved. All ranks do so between the same forwards."""
+        check_ranks(self._ranks, slot_map)
+        self._slots = slot_map.num_slots
+        self._is_sorted = slot_map.physical == tuple(range(slot_map.num_experts))
+        self._shares = Shares(slot_map, self._ranks.rank)
+        self.counters.have_slots(self.num_slots)
 
     @property
     def num_slots(self) -> int:
@@ -125,7 +132,7 @@ class AllToAllExchange:
         return sort_rows(received, route.inward)
 
 
-def check_ranks(ranks: Collectives, slot_map: SlotMap) -> None:
+def check_ranks(ranks: Collectives | MeteredCollectives, slot_map: SlotMap) -> None:
     """Raise OptionError unless ``slot_map`` is for as many ranks as there are."""
     if slot_map.num_ranks != ranks.size:
         raise OptionError("placement", f"is for {slot_map.num_ranks} ranks, but {ranks.size} share the experts")

@@ -15,7 +15,7 @@ from fairseq_moe_opt.placement.history import LoadHistory, history_of, read_hist
 from fairseq_moe_opt.placement.replan import replan
 from fairseq_moe_opt.placement.strategies import DEFAULT_STRATEGY, Strategy, place, register_strategy, strategy_names
 from fairseq_moe_opt.placement.synthetic import WORKLOADS, synthetic_history
-from fairseq_moe_opt.placement.types import Cluster, Move, Placement, moves_between
+from fairseq_moe_opt.placement.types import Cluster, Move, Placement, RankSlots, moves_between
 
 __all__ = [
     "DEFAULT_STRATEGY",
@@ -27,6 +27,7 @@ __all__ = [
     "Move",
     "NetworkBytes",
     "Placement",
+    "RankSlots",
     "Strategy",
     "check_made_for",
     "evaluate",

@@ -82,6 +82,7 @@ class Assignment:
         self._square = np.diag(items.moment).copy()
         self.loads: _Floats = np.zeros((cluster.num_ranks, items.shares.shape[1]))
         np.add.at(self.loads, self.ranks, items.shares)
+        self._held = held_by(items.expert, self.ranks, cluster.num_ranks)
         self._levels = [_Level(items.moment, self.ranks, cluster.num_ranks)]
         if cluster.num_nodes > 1:
             self._levels.append(_Level(items.moment, cluster.node_of_rank()[ranks], cluster.num_nodes))
@@ -97,7 +98,10 @@ class Assignment:
         return np.asarray(sum(level.changes(item, apart) for level in self._levels))
 
     def meets(self, conditions: Conditions, item: int, others: _Indices, gains: _Floats) -> NDArray[np.bool_]:
-        """(len(others),) whether swapping ``item`` with each, for these gains, meets the conditions."""
+        """(len(others),) whether swapping ``item`` with each, for these gains, meets the conditions.
+
+        No swap may bring two replicas of an expert to one rank.
+        """
         change = self.items.shares[others] - self.items.shares[item]
         here, there = self.loads[self.ranks[item]], self.loads[self.ranks[others]]
         both = np.stack((here + change, there - change))
@@ -105,7 +109,8 @@ class Assignment:
         # What the swap would have changed in each batch of the history, by its ranks' loads.
         by_batch = 2 * change * (here - there + change)
         error = by_batch.std(axis=1) / np.sqrt(conditions.effective_batches)
-        return np.asarray(within & (gains > LEAST_GAIN * error))
+        apart = keep_apart(self._held, self.items.expert, self.ranks, item, others)
+        return np.asarray(within & apart & (gains > LEAST_GAIN * error))
 
     def swap(self, one: int, other: int) -> None:
         """Let two items change ranks."""
@@ -114,8 +119,28 @@ class Assignment:
         self.loads[here] += change
         self.loads[there] -= change
         self.ranks[one], self.ranks[other] = there, here
+        move_held(self._held, self.items.expert, one, other, int(here), int(there))
         for level in self._levels:
             level.swap(self.items.moment, one, other)
+
+
+def held_by(expert: _Indices, ranks: _Indices, num_ranks: int) -> _Indices:
+    """(W, E) how many replicas of each expert each rank holds; ``expert`` and ``ranks`` are (I,)."""
+    held = np.zeros((num_ranks, int(expert.max()) + 1), dtype=np.int64)
+    np.add.at(held, (ranks, expert), 1)
+    return held
+
+
+def keep_apart(held: _Indices, expert: _Indices, ranks: _Indices, item: int, others: _Indices) -> NDArray[np.bool_]:
+    """(len(others),) whether swapping ``item`` with each brings neither rank an expert that it holds already."""
+    return np.asarray((held[ranks[others], expert[item]] == 0) & (held[ranks[item], expert[others]] == 0))
+
+
+def move_held(held: _Indices, expert: _Indices, one: int, other: int, here: int, there: int) -> None:
+    """Note in ``held`` that ``one`` has gone from rank ``here`` to ``there``, and ``other`` the other way."""
+    for item, source, target in ((one, here, there), (other, there, here)):
+        held[source, expert[item]] -= 1
+        held[target, expert[item]] += 1
 
 
 class _Level:

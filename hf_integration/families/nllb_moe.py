@@ -19,10 +19,14 @@ from torch.nn import functional
 from transformers.models.nllb_moe.configuration_nllb_moe import NllbMoeConfig
 from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeSparseMLP, NllbMoeTop2Router
 
+from fairseq_moe_opt.buffering import BufferedExperts
 from fairseq_moe_opt.build import (
+    BufferedShare,
     ExpertBuffer,
     ExpertLayer,
+    ExpertShare,
     LayerSpec,
+    ModuleShare,
     build_layer,
     connect_routers,
     needs_packed_experts,
@@ -63,6 +67,7 @@ def install(
     patches = Patches()
     masks = watch_padding(model, PHASES, patches)
     layers: list[MoELayer] = []
+    shares: dict[str, ExpertShare] = {}
     expert_bytes = 0
     for name, block in _blocks(model):
         spec = layer_spec(name, cast(NllbMoeConfig, model.config))
@@ -71,15 +76,17 @@ def install(
         expert_bytes += _module_experts(held).nbytes
         store = _expert_store(held, options, patches) if buffer is None else buffer.stores[name]
         exchange = None if spread is None else spread.exchange(name)
+        if spread is not None:
+            shares[name] = _share(pairs, store, spread.held(name))
         router_forward = _GateForward(block.router)
         layer = build_layer(spec, options, _Gate(block.router), store, exchange=exchange)
         patches.replace_forward(block.router, router_forward)
         patches.replace_forward(block, _BlockForward(block, layer, masks, spec.phase))
         layers.append(layer)
     if buffer is None:
-        return Installed(NAME, tuple(layers), patches, expert_bytes, masks)
+        return Installed(NAME, tuple(layers), patches, expert_bytes, masks, shares=shares)
     connect_routers(layers, [_QuietGate(block.router) for _, block in _blocks(model)], buffer)
-    return Installed(NAME, tuple(layers), patches, expert_bytes, masks, buffer.report)
+    return Installed(NAME, tuple(layers), patches, expert_bytes, masks, buffer.report, shares)
 
 
 def expert_layers(model: nn.Module, records: Callable[[str], TensorRecord]) -> tuple[ExpertLayer, ...]:
@@ -165,6 +172,10 @@ def _expert_store(pairs: Pairs, options: MoEOptions, patches: Patches) -> Module
     packed = PackedModuleExperts(pairs)
     patches.on_undo(packed.unpack)
     return packed
+
+
+def _share(pairs: Pairs, store: ModuleExperts | BufferedExperts, held: Sequence[int]) -> ExpertShare:
+    return BufferedShare(store) if isinstance(store, BufferedExperts) else ModuleShare(pairs, store, held)
 
 
 def _module_experts(pairs: Pairs) -> ModuleExperts:

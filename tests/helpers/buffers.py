@@ -76,7 +76,7 @@ def pool_over(
         PooledLayer(
             name,
             (phases or {}).get(name, "decoder"),
-            packed.num_experts,
+            tuple(range(packed.num_experts)),
             SlotLayout.of(packed.expert(0)),
             CacheCounters(),
         )

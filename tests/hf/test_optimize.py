@@ -260,11 +260,14 @@ def test_a_model_without_experts_is_refused() -> None:
         (
             {"kernl": "loop"},
             r"'kernl': no such option; there are gating, capacity, kernel, expert_dtype, expert_memory, host_memory, "
-            r"eviction, expert_pool, prefetch, host_compute, warm_start, trace, profile, report$",
+            r"eviction, expert_pool, prefetch, host_compute, warm_start, trace, rebalance_every, profile, "
+            r"report$",
         ),
         ({"kernel": "fast"}, r"'kernel': 'fast' is not one of auto, naive, loop, grouped_mm"),
         ({"gating": "none"}, r"'gating': 'none' is not one of dynamic, static"),
         ({"capacity": 0.5}, r"'capacity': 0.5 is not one of none, checkpoint"),
+        ({"rebalance_every": -1}, r"'rebalance_every': -1 is not 0 or a whole number above it"),
+        ({"rebalance_every": 2}, r"'rebalance_every': 2 has no effect: one process has all experts; leave it out"),
         ({"profile": "yes"}, r"'profile': 'yes' is not true or false"),
         ({"gating": "static", "kernel": "loop"}, r"'kernel': 'loop' has no effect with gating='static'"),
     ],

@@ -2,8 +2,8 @@
 
 One layer at a time: replicate the expert with the largest load a replica until the slots are full, then sort by load
 and give each to the least loaded rank with room. The hierarchical variant does so within nodes, after packing whole
-groups of experts onto nodes. Two things differ from what is published: ranks may have uneven slots, and an expert has
-at most as many replicas as there are ranks to put them on.
+groups of experts onto nodes. Two things differ from what is published: ranks may have uneven slots, and no rank gets
+two replicas of one expert, since the second would take memory and spare nobody a row.
 """
 
 from __future__ import annotations
@@ -70,8 +70,59 @@ def replicate(loads: _Loads, num_slots: int, most: int) -> _Indices:
 
 
 def _global(loads: _Loads, slots: tuple[int, ...]) -> tuple[_Indices, _Indices]:
-    experts = replicate(loads, sum(slots), len(slots))
-    return experts, pack((loads / np.bincount(experts))[experts], slots)
+    experts = replicate(loads, sum(slots), sum(size > 0 for size in slots))
+    ranks = _pack_apart((loads / np.bincount(experts))[experts], experts, slots)
+    placed = ranks >= 0
+    return experts[placed], ranks[placed]
+
+
+def _pack_apart(loads: _Loads, experts: _Indices, room: tuple[int, ...]) -> _Indices:
+    """(I,) the rank of each item: ``pack``, but items of one expert go to different ranks.
+
+    Where only ranks that have the expert are left with room, another item makes way to one of those, the one whose
+    load is closest. A replica for which there is none (ranks with very uneven slots) is not placed: -1.
+    """
+    ranks, total, left = np.full(len(experts), -1, dtype=np.int64), np.zeros(len(room)), np.array(room)
+    has = np.zeros((len(room), int(experts.max()) + 1), dtype=np.bool_)
+
+    def put(item: int, rank: int) -> None:
+        ranks[item] = rank
+        has[rank, experts[item]] = True
+        total[rank] += loads[item]
+        left[rank] -= 1
+
+    def take(item: int) -> None:
+        rank = ranks[item]
+        has[rank, experts[item]] = False
+        total[rank] -= loads[item]
+        left[rank] += 1
+
+    for item in np.argsort(-loads, kind="stable"):
+        open_ranks = (left > 0) & ~has[:, experts[item]]
+        if open_ranks.any():
+            put(item, int(np.argmin(np.where(open_ranks, total, np.inf))))
+            continue
+        way = _way_for(item, loads, experts, ranks, has, left)
+        if way is not None:
+            other, rank = way
+            freed = int(ranks[other])
+            take(other)
+            put(other, rank)
+            put(item, freed)
+    return ranks
+
+
+def _way_for(
+    item: int, loads: _Loads, experts: _Indices, ranks: _Indices, has: NDArray[np.bool_], left: _Indices
+) -> tuple[int, int] | None:
+    """A placed item that can make way for ``item``, and the rank with room it goes to; None where there is none."""
+    found = [
+        (abs(float(loads[other] - loads[item])), int(other), int(rank))
+        for rank in np.flatnonzero(left > 0)
+        for other in np.flatnonzero(ranks >= 0)
+        if not has[ranks[other], experts[item]] and not has[rank, experts[other]]
+    ]
+    return min(found)[1:] if found else None
 
 
 def _hierarchical(loads: _Loads, cluster: Cluster, num_groups: int) -> tuple[_Indices, _Indices]:

@@ -9,6 +9,7 @@ from fairseq_moe_opt.placement.history import Shares
 from fairseq_moe_opt.placement.strategies.anti_correlation import place_anti_correlation
 from fairseq_moe_opt.placement.strategies.balanced import place_balanced
 from fairseq_moe_opt.placement.strategies.eplb import place_eplb
+from fairseq_moe_opt.placement.swaps import held_by, move_held
 from fairseq_moe_opt.placement.types import Cluster, RankSlots, rank_slots
 
 _Floats = NDArray[np.float64]
@@ -39,20 +40,27 @@ def lower_peak(shares: Shares, slots: RankSlots) -> tuple[RankSlots, float]:
     items = np.ascontiguousarray((shares / np.bincount(experts))[:, experts].T)
     excess = np.full((len(slots), len(shares)), -1 / len(slots))
     np.add.at(excess, ranks, items)
+    held = held_by(experts, ranks, len(slots))
     for _ in range(MAX_SWAPS):
-        swap = _best_swap(items, ranks, excess)
+        swap = _best_swap(items, experts, ranks, held, excess)
         if swap is None:
             break
         one, other = swap
         change = items[other] - items[one]
         excess[ranks[one]] += change
         excess[ranks[other]] -= change
+        move_held(held, experts, one, other, int(ranks[one]), int(ranks[other]))
         ranks[one], ranks[other] = ranks[other], ranks[one]
     return rank_slots(experts, ranks, len(slots)), float(np.abs(excess).max())
 
 
-def _best_swap(items: _Floats, ranks: _Indices, excess: _Floats) -> tuple[int, int] | None:
-    """The swap out of the worst rank after which the two ranks' worst is smallest; None if it is not smaller."""
+def _best_swap(
+    items: _Floats, experts: _Indices, ranks: _Indices, held: _Indices, excess: _Floats
+) -> tuple[int, int] | None:
+    """The swap out of the worst rank after which the two ranks' worst is smallest; None if it is not smaller.
+
+    None brings two replicas of an expert to one rank.
+    """
     rank, batch = np.unravel_index(np.argmax(np.abs(excess)), excess.shape)
     peak = abs(excess[rank, batch])
     one, other = _pairs(items[:, batch], ranks, excess[:, batch], int(rank), float(peak))
@@ -60,6 +68,8 @@ def _best_swap(items: _Floats, ranks: _Indices, excess: _Floats) -> tuple[int, i
         return None
     change = items[other] - items[one]
     both = np.abs(np.stack((excess[rank] + change, excess[ranks[other]] - change))).max(axis=(0, 2))
+    doubles = (held[ranks[other], experts[one]] > 0) | (held[ranks[one], experts[other]] > 0)
+    both = np.where(doubles, np.inf, both)
     best = int(np.argmin(both))
     return (int(one[best]), int(other[best])) if both[best] < peak - _TOLERANCE else None
 
