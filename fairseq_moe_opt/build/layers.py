@@ -15,7 +15,7 @@ from fairseq_moe_opt.moe.kernels import choose_kernel
 from fairseq_moe_opt.moe.layer import LayerConfig, MoELayer
 from fairseq_moe_opt.moe.protocols import ExpertStore, PaddedExchange, RoutingObserver, TokenExchange
 from fairseq_moe_opt.moe.report import LayerCounters
-from fairseq_moe_opt.moe.routing import GShardTop2Router, SoftmaxTopKRouter, Top1Router
+from fairseq_moe_opt.moe.routing import GivenRouting, GShardTop2Router, SoftmaxTopKRouter, Top1Router
 from fairseq_moe_opt.options import MoEOptions
 
 EXPERT_DTYPES: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "int8": torch.int8}
@@ -31,7 +31,7 @@ class LayerSpec:
     Attributes:
         name: the layer's name in its model.
         phase: ``encoder`` or ``decoder``.
-        router: with the checkpoint's own capacity rule.
+        router: with the checkpoint's own capacity rule, or a place holder where the host model routes.
         activation: of the experts.
         expert_masking: EOM probability.
         final_masking: FOM probability.
@@ -40,7 +40,7 @@ class LayerSpec:
 
     name: str
     phase: str
-    router: AnyRouter
+    router: AnyRouter | GivenRouting
     activation: str = "relu"
     expert_masking: float = 0.0
     final_masking: float = 0.0
@@ -130,7 +130,7 @@ def _require_expert_dtype(layer: str, option: str, dtype: torch.dtype) -> None:
         )
 
 
-def _router(router: AnyRouter, options: MoEOptions) -> AnyRouter:
-    if options.capacity == "none" and not isinstance(router, SoftmaxTopKRouter):
+def _router(router: AnyRouter | GivenRouting, options: MoEOptions) -> AnyRouter | GivenRouting:
+    if options.capacity == "none" and not isinstance(router, (SoftmaxTopKRouter, GivenRouting)):
         return replace(router, capacity=None)
     return router
