@@ -13,11 +13,13 @@ from hf_integration.experts_function import register_experts_function  # noqa: E
 from hf_integration.loading import from_pretrained  # noqa: E402
 from hf_integration.optimize import Handle, optimize  # noqa: E402
 from hf_integration.pipelines import TranslationPipeline, pipeline, register, unregister  # noqa: E402
+from hf_integration.placed_experts import place_experts, register_ep_implementation  # noqa: E402
 from hf_integration.synced import generate_batches  # noqa: E402
 from hf_integration.tokenization import MoETranslationTokenizer  # noqa: E402
 
 register()
 register_experts_function()
+register_ep_implementation()
 
 __all__ = [
     "ExpertParallel",
@@ -28,6 +30,7 @@ __all__ = [
     "generate_batches",
     "optimize",
     "pipeline",
+    "place_experts",
     "register",
     "unregister",
 ]
