@@ -37,7 +37,7 @@ def register_ep_implementation() -> bool:
 
 
 def _placed(auto: Any) -> type:
-    class PlacedEP(auto):  # type: ignore[misc]
+    class PlacedEP(auto):
         """Transformers' ``AutoEP`` over experts that may have changed places."""
 
         def __init__(self, experts: nn.Module, ep_mesh: Any, tp_mesh: Any) -> None:
