@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.nllb_moe.modeling_nllb_moe import (
     NllbMoeForConditionalGeneration,
     NllbMoeSinusoidalPositionalEmbedding,
@@ -34,6 +34,7 @@ from hf_integration.expert_dtypes import prepare_experts, read_int8, resolve_exp
 from hf_integration.expert_parallel import Compared, ExpertParallel, spread_over_ranks
 from hf_integration.families import nllb_moe
 from hf_integration.optimize import install
+from hf_integration.stacked_loading import StackedSource, load_stacked, stacked_model_class
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,9 @@ def from_pretrained(
     parallel: ExpertParallel | None = None,
     **options: Any,
 ) -> PreTrainedModel:
-    """Load an NLLB-MoE checkpoint, optimised; ``model.moe`` is the handle.
+    """Load an NLLB-MoE checkpoint, or one behind Transformers' ``ExpertsInterface``, optimised.
+
+    ``model.moe`` is the handle.
 
     Args:
         path_or_id: a folder with ``config.json`` and weights, or the id of a repository on the hub.
@@ -70,6 +73,9 @@ def from_pretrained(
     if parallel is None:
         require_ranks(wanted)
     folder = local_folder(path_or_id)
+    stacked = _stacked_source(folder, dtype, device)
+    if stacked is not None:
+        return load_stacked(stacked, wanted, parallel)
     config = read_config(folder)
     index = open_index(folder)
     target = torch.device(device or "cpu")
@@ -168,22 +174,45 @@ def local_folder(path_or_id: str | Path) -> Path:
 
 def read_config(folder: Path) -> PreTrainedConfig:
     """The ``config.json`` of a model type that can be loaded; CheckpointError or NoMoELayerError otherwise."""
+    model_type = _model_type(folder)
+    if model_type not in MODEL_CLASSES:
+        raise NoMoELayerError(
+            f"{folder / 'config.json'}: model_type {model_type!r} is not one that can be loaded: "
+            f"{', '.join(MODEL_CLASSES)}, and those that Transformers runs through its ExpertsInterface"
+        )
+    return _parsed_config(folder, model_type)
+
+
+def _stacked_source(
+    folder: Path, dtype: torch.dtype | str | None, device: torch.device | str | None
+) -> StackedSource | None:
+    """What ``folder`` holds, if that is a model behind Transformers' ``ExpertsInterface``."""
+    model_type = _model_type(folder)
+    if model_type in MODEL_CLASSES or model_type not in CONFIG_MAPPING:
+        return None
+    config = _parsed_config(folder, model_type)
+    model_class = stacked_model_class(config)
+    if model_class is None:
+        return None
+    return StackedSource(folder, config, model_class, _resolve_dtype(dtype, config), torch.device(device or "cpu"))
+
+
+def _model_type(folder: Path) -> str | None:
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(folder, "has no config.json; fairseq checkpoints become a folder with `moe-opt convert`")
     try:
-        model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+        return cast("str | None", json.loads(path.read_text(encoding="utf-8")).get("model_type"))
     except (ValueError, AttributeError) as error:
         raise CheckpointError(path, f"is not a JSON object: {error}") from error
-    if model_type not in MODEL_CLASSES:
-        raise NoMoELayerError(
-            f"{path}: model_type {model_type!r} is not one that can be loaded: {', '.join(MODEL_CLASSES)}"
-        )
+
+
+def _parsed_config(folder: Path, model_type: str | None) -> PreTrainedConfig:
     try:
         return cast(PreTrainedConfig, AutoConfig.from_pretrained(folder))
     except Exception as error:  # strict configurations raise classes of the hub client
         reason = " ".join(str(error).split())
-        raise CheckpointError(path, f"is not a configuration of {model_type}: {reason}") from error
+        raise CheckpointError(folder / "config.json", f"is not a configuration of {model_type}: {reason}") from error
 
 
 def _resolve_dtype(dtype: torch.dtype | str | None, config: PreTrainedConfig) -> torch.dtype:

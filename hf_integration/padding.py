@@ -63,11 +63,16 @@ def watch_padding(model: nn.Module, phases: Sequence[str], patches: Patches) -> 
     for name, module in model.named_modules():
         phase = name.rpartition(".")[2]
         if phase in phases and hasattr(module, "layers"):
-            before = module.register_forward_pre_hook(_NoteMask(masks, phase), with_kwargs=True)
-            after = module.register_forward_hook(_ForgetMask(masks, phase), always_call=True)
-            patches.on_undo(before.remove)
-            patches.on_undo(after.remove)
+            watch_stack(module, phase, masks, patches)
     return masks
+
+
+def watch_stack(stack: nn.Module, phase: str, masks: PaddingMasks, patches: Patches) -> None:
+    """Let ``masks`` note what ``stack``, which computes that ``phase``, is given with every forward."""
+    before = stack.register_forward_pre_hook(_NoteMask(masks, phase), with_kwargs=True)
+    after = stack.register_forward_hook(_ForgetMask(masks, phase), always_call=True)
+    patches.on_undo(before.remove)
+    patches.on_undo(after.remove)
 
 
 class _NoteMask:

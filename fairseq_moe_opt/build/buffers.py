@@ -230,6 +230,7 @@ def _template(records: ExpertRecords, expert_dtype: torch.dtype, dtype: torch.dt
         device="meta",
         bias="fc1_bias" in records,
         gated="gate_weight" in records,
+        gate_bias="gate_bias" in records,
     )
 
 

@@ -16,7 +16,7 @@ from fairseq_moe_opt.moe.kernels import choose_kernel
 from fairseq_moe_opt.moe.layer import LayerConfig, MoELayer
 from fairseq_moe_opt.moe.protocols import ExpertStore, PaddedExchange, RoutingObserver, TokenExchange
 from fairseq_moe_opt.moe.report import LayerCounters
-from fairseq_moe_opt.moe.routing import GShardTop2Router, SoftmaxTopKRouter, Top1Router
+from fairseq_moe_opt.moe.routing import GivenRouting, GShardTop2Router, SoftmaxTopKRouter, Top1Router
 from fairseq_moe_opt.options import MoEOptions
 
 EXPERT_DTYPES: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "int8": torch.int8}
@@ -32,7 +32,7 @@ class LayerSpec:
     Attributes:
         name: the layer's name in its model.
         phase: ``encoder`` or ``decoder``.
-        router: with the checkpoint's own capacity rule.
+        router: with the checkpoint's own capacity rule, or a place holder where the host model routes.
         activation: of the experts.
         expert_masking: EOM probability.
         final_masking: FOM probability.
@@ -41,7 +41,7 @@ class LayerSpec:
 
     name: str
     phase: str
-    router: AnyRouter
+    router: AnyRouter | GivenRouting
     activation: str = "relu"
     expert_masking: float = 0.0
     final_masking: float = 0.0
@@ -134,16 +134,20 @@ def _require_expert_dtype(layer: str, option: str, dtype: torch.dtype) -> None:
         )
 
 
-def capacity_fraction(router: AnyRouter) -> float | None:
+def capacity_fraction(router: AnyRouter | GivenRouting) -> float | None:
     """C of the checkpoint's own rule as a share of a batch's rows; None where it depends on something else."""
-    if isinstance(router, SoftmaxTopKRouter) or router.capacity is None or router.capacity.eval_length is not None:
+    if (
+        isinstance(router, (SoftmaxTopKRouter, GivenRouting))
+        or router.capacity is None
+        or router.capacity.eval_length is not None
+    ):
         return None
     if router.capacity.eval_token_fraction > 0:
         return router.capacity.eval_token_fraction
     return router.top_k / router.num_experts if router.capacity.fixed is None else None
 
 
-def _router(router: AnyRouter, options: MoEOptions) -> AnyRouter:
-    if options.capacity == "none" and not isinstance(router, SoftmaxTopKRouter):
+def _router(router: AnyRouter | GivenRouting, options: MoEOptions) -> AnyRouter | GivenRouting:
+    if options.capacity == "none" and not isinstance(router, (SoftmaxTopKRouter, GivenRouting)):
         return replace(router, capacity=None)
     return router

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -59,9 +59,7 @@ class ExpertFiles:
     ) -> None:
         self._records = records
         self._keep_pages, self._pinned = keep_pages, pinned
-        self._scratch_bytes = max(
-            (record.nbytes for expert in records.values() for record in expert.values()), default=0
-        )
+        self._scratch_bytes = max((_largest_span(expert.values()) for expert in records.values()), default=0)
         files = {record.path for expert in records.values() for record in expert.values()}
         self._sizes = {path: path.stat().st_size for path in files}
         self._scratches = threading.local()
@@ -91,11 +89,12 @@ class ExpertFiles:
             (_target(name, record, into) for name, record in records.items()),
             key=lambda target: (str(target.record.path), target.record.offset),
         )
+        nbytes = 0
         for path, part in groupby(targets, key=lambda target: target.record.path):
-            self._read_file(key, path, list(part))
-        return ExpertRead(TIER, sum(record.nbytes for record in records.values()))
+            nbytes += self._read_file(key, path, list(part))
+        return ExpertRead(TIER, nbytes)
 
-    def _read_file(self, key: ExpertKey, path: Path, targets: Sequence[_Target]) -> None:
+    def _read_file(self, key: ExpertKey, path: Path, targets: Sequence[_Target]) -> int:
         try:
             descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         except OSError as error:
@@ -104,8 +103,7 @@ class ExpertFiles:
             self._check_size(key, path, os.fstat(descriptor).st_size)
             if not self._keep_pages:
                 expect_scattered_reads(descriptor)
-            for run in _adjacent(targets):
-                self._read_run(descriptor, key, run)
+            return sum(self._read_run(descriptor, key, run) for run in _runs(targets))
         except OSError as error:
             raise CheckpointError(path, f"reading {key} failed: {error.strerror}") from error
         finally:
@@ -117,24 +115,26 @@ class ExpertFiles:
                 path, f"has {size} bytes, had {self._sizes[path]} when it was opened: {key} cannot be read from it"
             )
 
-    def _read_run(self, descriptor: int, key: ExpertKey, run: Sequence[_Target]) -> None:
-        """Read tensors that lie one after the other: at once where they go straight to their places."""
-        first, last = run[0].record, run[-1].record
-        wanted = last.offset + last.nbytes - first.offset
+    def _read_run(self, descriptor: int, key: ExpertKey, run: Sequence[_Target]) -> int:
+        """Read tensors that lie together at once, straight to their places or through the scratch space; the bytes."""
+        first = run[0].record
+        wanted = max(_end(target.record) for target in run) - first.offset
         scratch = None if run[0].in_place else self._scratch()
         if scratch is None:
             buffers = [memory_of(target.out, target.record.nbytes) for target in run]
         else:
-            buffers = [memory_of(scratch, first.nbytes)]
+            buffers = [memory_of(scratch, wanted)]
         done = read_range(descriptor, buffers, first.offset)
         if done < wanted:
             raise CheckpointError(
                 first.path, f"is truncated: {key} needs {wanted} bytes at {first.offset}, found {done}"
             )
         if scratch is not None:
-            _copy_converted(key, scratch, run[0])
+            for target in run:
+                _copy_converted(key, scratch[target.record.offset - first.offset :], target)
         if not self._keep_pages:
             drop_pages(descriptor, first.offset, wanted)
+        return wanted
 
     def _scratch(self) -> Tensor:
         scratch: Tensor | None = getattr(self._scratches, "memory", None)
@@ -144,11 +144,15 @@ class ExpertFiles:
         return scratch
 
 
-def _adjacent(targets: Sequence[_Target]) -> list[list[_Target]]:
-    """Runs of tensors that lie one after the other and are read in place; any other tensor is a run of its own."""
+def _runs(targets: Sequence[_Target]) -> list[list[_Target]]:
+    """Tensors, sorted by place, that one read serves.
+
+    Those that lie one after the other and are read in place, and strided ones that share bytes, such as interleaved
+    halves of a matrix; any other tensor is a run of its own.
+    """
     runs: list[list[_Target]] = []
     for target in targets:
-        if runs and _follows(runs[-1][-1], target):
+        if runs and (_follows(runs[-1][-1], target) or _shares(runs[-1], target)):
             runs[-1].append(target)
         else:
             runs.append([target])
@@ -156,8 +160,28 @@ def _adjacent(targets: Sequence[_Target]) -> list[list[_Target]]:
 
 
 def _follows(before: _Target, after: _Target) -> bool:
-    adjacent = before.record.offset + before.record.nbytes == after.record.offset
-    return adjacent and before.in_place and after.in_place
+    return _end(before.record) == after.record.offset and before.in_place and after.in_place
+
+
+def _shares(run: Sequence[_Target], after: _Target) -> bool:
+    if after.in_place or run[0].in_place or after.record.dtype != run[0].record.dtype:
+        return False
+    return after.record.offset < max(_end(target.record) for target in run)
+
+
+def _end(record: TensorRecord) -> int:
+    return record.offset + record.nbytes
+
+
+def _largest_span(records: Iterable[TensorRecord]) -> int:
+    """Bytes of the longest stretch of a file that records of it cover without a gap between those that overlap."""
+    largest, start, end, where = 0, 0, 0, None
+    for record in sorted(records, key=lambda record: (str(record.path), record.offset)):
+        if record.path != where or record.offset >= end:
+            start, end, where = record.offset, record.offset, record.path
+        end = max(end, _end(record))
+        largest = max(largest, end - start)
+    return largest
 
 
 def _target(name: str, record: TensorRecord, into: ExpertWeights) -> _Target:

@@ -15,7 +15,7 @@ from fairseq_moe_opt.build import LayerSpec, build_layer, connect_routers, needs
 from fairseq_moe_opt.errors import MoEError, OptionError
 from fairseq_moe_opt.models._file_experts import FileExperts, MetaExperts, refuse_state_dict
 from fairseq_moe_opt.models._losses import note_cmr_gate, note_gate_loss, wants_gate_losses
-from fairseq_moe_opt.moe import CapacityRule, GShardTop2Router, MoELayer, SoftmaxTopKRouter, Top1Router
+from fairseq_moe_opt.moe import CapacityRule, GShardTop2Router, MoELayer, Top1Router
 from fairseq_moe_opt.moe.module_experts import ModuleExperts, PackedModuleExperts
 from fairseq_moe_opt.moe.protocols import RoutingObserver, StepWatch
 from fairseq_moe_opt.moe.report import Watch
@@ -185,7 +185,7 @@ class MoEBlock(nn.Module):
     def _fit_capacity(self, engine: MoELayer, batch: int) -> None:
         """Where the capacity depends on the batch's size, tell the router what it is."""
         length, router = self.spec.capacity_length, self.spec.layer.router
-        if length is None or self.options.capacity == "none" or isinstance(router, SoftmaxTopKRouter):
+        if length is None or self.options.capacity == "none" or not isinstance(router, (GShardTop2Router, Top1Router)):
             return
         if router.capacity is not None:
             engine.router = _with_capacity(router, replace(router.capacity, eval_length=length * batch))

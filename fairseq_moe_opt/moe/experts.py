@@ -2,34 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fairseq_moe_opt.errors import OptionError
+from fairseq_moe_opt.moe.activations import activate, apply_gate
 from fairseq_moe_opt.moe.quantization import dequantize
-from fairseq_moe_opt.moe.types import ACTIVATIONS, ExpertWave, ExpertWeights, PackedExperts
-
-_ACTIVATE: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "relu": torch.relu,
-    "gelu": functional.gelu,
-    "silu": functional.silu,
-}
-
-
-def check_activation(name: str) -> str:
-    """Return ``name`` if this engine computes it, else raise OptionError with the names it does."""
-    if name not in _ACTIVATE:
-        raise OptionError("activation", f"{name!r} is not one of {', '.join(ACTIVATIONS)}")
-    return name
-
-
-def activate(name: str, hidden: Tensor) -> Tensor:
-    """Apply activation ``name`` to ``hidden`` of any shape."""
-    return _ACTIVATE[name](hidden)
+from fairseq_moe_opt.moe.types import ExpertWave, ExpertWeights, PackedExperts
 
 
 def compute_dtype(experts: torch.dtype, rows: torch.dtype) -> torch.dtype:
@@ -70,7 +52,7 @@ def expert_ffn(rows: Tensor, expert: ExpertWeights, activation: str, dropout: Ex
     if expert.gate_weight is None:
         hidden = activate(activation, hidden)
     else:
-        hidden = activate(activation, functional.linear(rows, expert.gate_weight)) * hidden
+        hidden = apply_gate(activation, functional.linear(rows, expert.gate_weight, expert.gate_bias), hidden)
     if dropout.hidden > 0:
         hidden = functional.dropout(hidden, dropout.hidden)
     output = functional.linear(hidden, expert.fc2_weight, expert.fc2_bias)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fairseq_moe_opt.errors import KernelError
 from fairseq_moe_opt.moe import dispatch as dispatching
-from fairseq_moe_opt.moe.experts import NO_DROPOUT, ExpertDropout, check_activation, compute_dtype, expert_ffn
+from fairseq_moe_opt.moe.activations import check_activation
+from fairseq_moe_opt.moe.experts import NO_DROPOUT, ExpertDropout, compute_dtype, expert_ffn
 from fairseq_moe_opt.moe.host_waves import HostWaves
 from fairseq_moe_opt.moe.kernels import choose_kernel, get_kernel
 from fairseq_moe_opt.moe.local_exchange import LocalExchange, LocalPaddedExchange
@@ -34,7 +35,7 @@ class LayerConfig:
     """What a layer computes, apart from its weights.
 
     Attributes:
-        activation: of the experts, a name of ``ACTIVATIONS``.
+        activation: of the experts, a name of ``ACTIVATIONS``, or of a gate.
         gating: ``dynamic`` (only real rows are computed) or ``static`` (the paper's padded baseline).
         kernel: a registered kernel's name or ``auto``.
         expert_masking: EOM probability p of the NLLB branch: expert outputs are multiplied by 1 - p at evaluation and

@@ -58,7 +58,7 @@ def quantize_into(expert: ExpertWeights, into: ExpertWeights) -> None:
         if weight is not None:
             quantize_rows_into(weight, codes, getattr(into, f"{name}_scale"))
     with torch.no_grad():
-        for name in ("fc1_bias", "fc2_bias"):
+        for name in ("fc1_bias", "fc2_bias", "gate_bias"):
             bias = getattr(expert, name)
             if bias is not None:
                 getattr(into, name).copy_(bias)
@@ -77,6 +77,7 @@ def dequantize(expert: ExpertWeights, dtype: torch.dtype) -> ExpertWeights:
         dequantize_rows(expert.fc2_weight, expert.fc2_scale, dtype),
         _cast(expert.fc2_bias, dtype),
         gate,
+        gate_bias=_cast(expert.gate_bias, dtype),
     )
 
 

@@ -302,3 +302,29 @@ class SoftmaxTopKRouter:
         aux_loss = load_balancing_loss(probabilities, index[:, 0]) if with_aux_loss else None
         weight = weight.to(model_dtype or logits.dtype)
         return Routing(index, weight, self.num_experts, None, slots, None, aux_loss)
+
+
+@dataclass(frozen=True)
+class GivenRouting:
+    """A place holder where the host model routes: it hands ``MoELayer.apply`` a routing of its own.
+
+    Attributes:
+        num_experts: E.
+        top_k: K.
+    """
+
+    num_experts: int
+    top_k: int
+
+    def route(
+        self,
+        logits: Tensor,
+        padding: Tensor | None = None,
+        *,
+        training: bool = False,
+        model_dtype: torch.dtype | None = None,
+        with_slots: bool = False,
+        with_aux_loss: bool = False,
+    ) -> Routing:
+        """Never asked."""
+        raise NotImplementedError("the host model routes")

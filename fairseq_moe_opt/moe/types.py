@@ -20,13 +20,16 @@ weight 0: it sorts to the tail and costs nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-ACTIVATIONS = ("relu", "gelu", "silu")
-"""Names of the expert activations this engine computes; ``gelu`` is the exact (erf) form."""
+ACTIVATIONS = ("relu", "gelu", "silu", "gelu_tanh", "relu2")
+"""Names of the expert activations this engine computes; ``gelu`` is the exact (erf) form, ``relu2`` is squared ReLU.
+
+Gates with numbers of their own have names as well: see ``moe.activations.ClampedSwiglu``."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,23 @@ class Segment:
     stop: int
 
 
+class JoinedHalves(NamedTuple):
+    """Two (..., F, D) matrices as a ``matrix`` (..., 2F, D): one behind the other, or row by row if ``interleaved``.
+
+    One product with both reads them in one go, and is the only way to multiply by interleaved ones without a copy.
+    """
+
+    matrix: Tensor
+    interleaved: bool
+
+    def split(self, products: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows (r, 2F) times the matrix as the two (r, F) views of the halves' own."""
+        if self.interleaved:
+            return products[:, ::2], products[:, 1::2]
+        half = products.shape[1] // 2
+        return products[:, :half], products[:, half:]
+
+
 @dataclass(frozen=True)
 class ExpertWeights:
     """One expert: ``fc2(act(fc1 x))``, or ``fc2(act(gate x) * fc1 x)`` when ``gate`` is there.
@@ -124,7 +144,7 @@ class ExpertWeights:
     Attributes:
         fc1_weight: (F, D); fc1_bias: (F,) or None.
         fc2_weight: (D, F); fc2_bias: (D,) or None.
-        gate_weight: (F, D) or None.
+        gate_weight: (F, D) or None; gate_bias: (F,) or None.
         fc1_scale: (F,) float32 when ``fc1_weight`` is int8, whose row ``i`` then stands for itself times
             ``fc1_scale[i]``; else None. fc2_scale: (D,), gate_scale: (F,), the same.
 
@@ -139,6 +159,12 @@ class ExpertWeights:
     fc1_scale: Tensor | None = None
     fc2_scale: Tensor | None = None
     gate_scale: Tensor | None = None
+    gate_bias: Tensor | None = None
+
+    @cached_property
+    def joined(self) -> JoinedHalves | None:
+        """Gate and ``fc1`` as the one matrix that they lie in; None where they lie apart, or there is no gate."""
+        return None if self.gate_weight is None else _join(self.gate_weight, self.fc1_weight)
 
     @property
     def is_quantized(self) -> bool:
@@ -149,7 +175,7 @@ class ExpertWeights:
         """The tensors that are there, in field order."""
         weights = (self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias, self.gate_weight)
         scales = (self.fc1_scale, self.fc2_scale, self.gate_scale)
-        return tuple(tensor for tensor in (*weights, *scales) if tensor is not None)
+        return tuple(tensor for tensor in (*weights, *scales, self.gate_bias) if tensor is not None)
 
     @property
     def nbytes(self) -> int:
@@ -167,6 +193,7 @@ class ExpertWeights:
         device: torch.device | str = "cpu",
         bias: bool = True,
         gated: bool = False,
+        gate_bias: bool = False,
     ) -> ExpertWeights:
         """Uninitialised storage for one expert of D ``model_width`` and F ``ffn_width``.
 
@@ -188,6 +215,7 @@ class ExpertWeights:
             vector(ffn_width, quantized, torch.float32),
             vector(model_width, quantized, torch.float32),
             vector(ffn_width, quantized and gated, torch.float32),
+            vector(ffn_width, gate_bias, float_dtype),
         )
 
 
@@ -216,7 +244,7 @@ class PackedExperts:
     Attributes:
         fc1_weight: (E, F, D); fc1_bias: (E, F) or None.
         fc2_weight: (E, D, F); fc2_bias: (E, D) or None.
-        gate_weight: (E, F, D) or None.
+        gate_weight: (E, F, D) or None; gate_bias: (E, F) or None.
     """
 
     fc1_weight: Tensor
@@ -224,6 +252,12 @@ class PackedExperts:
     fc2_weight: Tensor
     fc2_bias: Tensor | None
     gate_weight: Tensor | None = None
+    gate_bias: Tensor | None = None
+
+    @cached_property
+    def joined(self) -> JoinedHalves | None:
+        """Gate and ``fc1`` as the one tensor that they lie in, as of one expert."""
+        return None if self.gate_weight is None else _join(self.gate_weight, self.fc1_weight)
 
     @property
     def num_experts(self) -> int:
@@ -238,6 +272,7 @@ class PackedExperts:
             self.fc2_weight[index],
             None if self.fc2_bias is None else self.fc2_bias[index],
             None if self.gate_weight is None else self.gate_weight[index],
+            gate_bias=None if self.gate_bias is None else self.gate_bias[index],
         )
 
     @classmethod
@@ -279,3 +314,18 @@ class ExpertWave:
     weights: tuple[ExpertWeights, ...]
     packed: PackedExperts | None = None
     on_host: bool = False
+
+
+def _join(first: Tensor, second: Tensor) -> JoinedHalves | None:
+    """The tensor that both lie in, if they do so without a gap."""
+    alike = first.shape == second.shape and first.stride() == second.stride() and first.dtype == second.dtype
+    if not alike or first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr():
+        return None
+    *outer, step, inner = first.stride()
+    rows, distance = first.shape[-2], second.storage_offset() - first.storage_offset()
+    shape = (*first.shape[:-2], 2 * rows, first.shape[-1])
+    if distance == rows * step:
+        return JoinedHalves(first.as_strided(shape, first.stride(), first.storage_offset()), False)
+    if 2 * distance == step:
+        return JoinedHalves(first.as_strided(shape, (*outer, distance, inner), first.storage_offset()), True)
+    return None

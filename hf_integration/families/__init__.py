@@ -9,9 +9,10 @@ from torch import nn
 
 from fairseq_moe_opt.build import ExpertBuffer
 from fairseq_moe_opt.errors import NoMoELayerError
+from fairseq_moe_opt.moe.trace import TraceLayer
 from fairseq_moe_opt.options import MoEOptions
 from fairseq_moe_opt.parallel import ExpertSpread
-from hf_integration.families import nllb_moe
+from hf_integration.families import experts_interface, nllb_moe
 from hf_integration.patching import Installed
 
 
@@ -24,7 +25,10 @@ class Family(Protocol):
         """Whether ``model`` has layers of this family."""
 
     def expert_linears(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        """Name and module of every linear layer of every expert."""
+        """Name and module of every linear layer of every expert; none where experts are stacks of matrices."""
+
+    def trace_layers(self, model: nn.Module) -> tuple[TraceLayer, ...]:
+        """Name, phase and E of every layer, in the model's order."""
 
     def install(
         self,
@@ -39,7 +43,7 @@ class Family(Protocol):
         """
 
 
-FAMILIES: tuple[Family, ...] = (nllb_moe,)
+FAMILIES: tuple[Family, ...] = (nllb_moe, experts_interface)
 
 
 def family_of(model: nn.Module) -> Family:

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from fairseq_moe_opt.errors import KernelError
-from fairseq_moe_opt.moe.experts import activate
-from fairseq_moe_opt.moe.types import ExpertWave, Segment
+from fairseq_moe_opt.moe.activations import activate, apply_gate
+from fairseq_moe_opt.moe.types import ExpertWave, PackedExperts, Segment
 
 _NO_INT8 = "grouped_mm computes floating-point experts, not int8 ones; use kernel='loop'"
 
@@ -53,21 +53,40 @@ class GroupedMMKernel:
                 f"kernel 'grouped_mm' needs rows of a multiple of {_ALIGNMENT_BYTES} bytes; experts are "
                 f"{tuple(packed.fc1_weight.shape[1:])} of {row_bytes} bytes: use kernel='loop'"
             )
-        counts = [0] * packed.num_experts
+        product = _Products(rows, segments, packed.num_experts)
+        if packed.gate_weight is None:
+            hidden = activate(activation, product(rows, packed.fc1_weight, packed.fc1_bias))
+        else:
+            hidden = apply_gate(activation, *product.gate_and_up(rows, packed))
+        out.copy_(product(hidden, packed.fc2_weight, packed.fc2_bias))
+
+
+class _Products:
+    """Grouped products of rows that are sorted into ``segments``."""
+
+    def __init__(self, rows: Tensor, segments: Sequence[Segment], num_experts: int) -> None:
+        counts = [0] * num_experts
         for segment in segments:
             counts[segment.expert] = segment.stop - segment.start
-        counts_device = torch.tensor(counts, device=rows.device)
-        offsets = counts_device.cumsum(0).to(torch.int32)
+        self._counts = torch.tensor(counts, device=rows.device)
+        self._offsets = self._counts.cumsum(0).to(torch.int32)
 
-        def product(left: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            result = functional.grouped_mm(left, weight.transpose(1, 2), offs=offsets)
-            if bias is None:
-                return result
-            return result.add_(bias.repeat_interleave(counts_device, 0, output_size=len(left)))
+    def __call__(self, left: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """(R, in) rows times their experts' (E, out, in), plus (E, out)."""
+        result = functional.grouped_mm(left, weight.transpose(1, 2), offs=self._offsets)
+        return self._plus(result, bias)
 
-        hidden = product(rows, packed.fc1_weight, packed.fc1_bias)
+    def gate_and_up(self, rows: Tensor, packed: PackedExperts) -> tuple[Tensor, Tensor]:
+        """Both halves: in one product where they lie in one tensor."""
         if packed.gate_weight is None:
-            hidden = activate(activation, hidden)
-        else:
-            hidden = activate(activation, product(rows, packed.gate_weight, None)) * hidden
-        out.copy_(product(hidden, packed.fc2_weight, packed.fc2_bias))
+            raise ValueError("experts without a gate")
+        if packed.joined is None:
+            gate = self(rows, packed.gate_weight, packed.gate_bias)
+            return gate, self(rows, packed.fc1_weight, packed.fc1_bias)
+        gate, up = packed.joined.split(self(rows, packed.joined.matrix, None))
+        return self._plus(gate, packed.gate_bias), self._plus(up, packed.fc1_bias)
+
+    def _plus(self, products: Tensor, bias: Tensor | None) -> Tensor:
+        if bias is None:
+            return products
+        return products.add_(bias.repeat_interleave(self._counts, 0, output_size=len(products)))

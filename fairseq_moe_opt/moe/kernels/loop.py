@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fairseq_moe_opt.moe.experts import activate, expert_ffn
+from fairseq_moe_opt.moe.activations import activate, apply_gate
+from fairseq_moe_opt.moe.experts import expert_ffn
 from fairseq_moe_opt.moe.kernels.int8 import int8_linear
 from fairseq_moe_opt.moe.kernels.threads import SingleCoreThreads
 from fairseq_moe_opt.moe.kernels.workspace import ThreadWorkspace
@@ -72,17 +73,32 @@ class LoopKernel:
             self._ffn(padded, expert, activation, results)
             out.copy_(results[:num_rows])
             return
-        hidden = self._workspace.take("hidden", num_rows, expert.fc1_weight.shape[0], rows.dtype)
-        self._linear(rows, expert.fc1_weight, expert.fc1_scale, expert.fc1_bias, hidden)
         if expert.gate_weight is not None:
-            gate = torch.empty_like(hidden)
-            self._linear(rows, expert.gate_weight, expert.gate_scale, None, gate)
-            hidden.mul_(activate(activation, gate))
-        elif activation == "relu":
-            hidden.relu_()
+            hidden = self._gated(rows, expert, expert.gate_weight, activation)
         else:
-            hidden = activate(activation, hidden)
+            hidden = self._workspace.take("hidden", num_rows, expert.fc1_weight.shape[0], rows.dtype)
+            self._linear(rows, expert.fc1_weight, expert.fc1_scale, expert.fc1_bias, hidden)
+            if activation == "relu":
+                hidden.relu_()
+            else:
+                hidden = activate(activation, hidden)
         self._linear(hidden, expert.fc2_weight, expert.fc2_scale, expert.fc2_bias, out)
+
+    def _gated(self, rows: Tensor, expert: ExpertWeights, gate_weight: Tensor, activation: str) -> Tensor:
+        """(r, F) of both halves: from one product where they lie in one matrix."""
+        ffn_width = expert.fc1_weight.shape[0]
+        halves = self._workspace.take("halves", rows.shape[0], 2 * ffn_width, rows.dtype)
+        if expert.joined is not None and not expert.is_quantized:
+            self._linear(rows, expert.joined.matrix, None, None, halves)
+            gate, up = expert.joined.split(halves)
+            for half, bias in ((gate, expert.gate_bias), (up, expert.fc1_bias)):
+                if bias is not None:
+                    half.add_(bias)
+        else:
+            gate, up = halves.view(2, rows.shape[0], ffn_width)
+            self._linear(rows, gate_weight, expert.gate_scale, expert.gate_bias, gate)
+            self._linear(rows, expert.fc1_weight, expert.fc1_scale, expert.fc1_bias, up)
+        return apply_gate(activation, gate, up)
 
     def _linear(self, rows: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, out: Tensor) -> None:
         if scale is not None:

@@ -1,0 +1,69 @@
+"""``experts_implementation="moe_opt"``: the engine's kernels for every model behind Transformers' ``ExpertsInterface``.
+
+The function is told no layer, so it gives speed alone; ``hf_integration.from_pretrained`` and ``optimize`` know the
+layers, and give buffering, traces, reports and placement too.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+from torch import Tensor, nn
+
+from fairseq_moe_opt.moe import LayerConfig, LayerCounters, MoELayer, Routing
+from fairseq_moe_opt.moe.routing import GivenRouting
+from fairseq_moe_opt.moe.stacked_experts import StackedExperts
+from hf_integration.experts_module import ExpertsModule
+
+NAME = "moe_opt"
+_LAYER = "_moe_opt_layer"
+
+
+def register_experts_function() -> bool:
+    """Make ``moe_opt`` a name of Transformers' registry; False where the release has no such registry."""
+    try:
+        interface = importlib.import_module("transformers.integrations.moe").ALL_EXPERTS_FUNCTIONS
+    except (ImportError, AttributeError):
+        return False
+    interface.register(NAME, experts_forward)
+    return True
+
+
+def experts_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """(T, D) hidden states through the experts that (T, K) indices name, weighted and summed.
+
+    An index that is E or more is of an expert elsewhere, and costs nothing. Raises NoMoELayerError for experts that the
+    engine's kernels cannot compute.
+    """
+    layer = vars(experts).get(_LAYER)
+    if not isinstance(layer, MoELayer):
+        layer = _layer_of(experts)
+        setattr(experts, _LAYER, layer)
+    return run_layer(layer, hidden_states, top_k_index, top_k_weights, training=experts.training)
+
+
+def run_layer(
+    layer: MoELayer, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *, training: bool = False
+) -> Tensor:
+    """The same through ``layer``, whose routing is the host's: ``top_k_index`` and ``top_k_weights`` are (T, K)."""
+    tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+    num_experts = layer.router.num_experts
+    elsewhere = top_k_index >= num_experts
+    index = top_k_index.masked_fill(elsewhere, num_experts).long()
+    routing = Routing(index, top_k_weights.masked_fill(elsewhere, 0), num_experts)
+    return layer.apply(tokens, routing, training=training).view_as(hidden_states)
+
+
+def _layer_of(module: nn.Module) -> MoELayer:
+    """A layer over ``module``'s own parameters, which are read at every call."""
+    experts = ExpertsModule.of(module)
+    router = GivenRouting(experts.num_experts, 1)
+    counters = LayerCounters(NAME, "decoder", router.num_experts)
+    return MoELayer(
+        no_gate, router, StackedExperts(experts.layout, experts.stacks), LayerConfig(experts.activation), counters
+    )
+
+
+def no_gate(tokens: Tensor) -> Tensor:
+    """Never asked: the host routes."""
+    raise NotImplementedError("the host model routes")
