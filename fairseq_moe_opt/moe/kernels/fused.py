@@ -1,12 +1,11 @@
 """One compiled call for all experts with few rows, at the speed at which memory delivers their weights; CPU only.
 
-See ``native/fused.cpp`` for how, and ``docs/kernels.md`` for how fast. Experts with more rows than a GEMM of torch's needs
-to be faster go to the loop kernel in the same call; how many those are is in :mod:`.limits`.
+See ``native/fused.cpp`` for how, and ``docs/kernels.md`` for how fast. Experts with so many rows that a GEMM of torch's
+is faster go to the loop kernel in the same call; how many those are is in :mod:`.limits`.
 """
 
 from __future__ import annotations
 
-import ctypes
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fairseq_moe_opt.errors import KernelError
-from fairseq_moe_opt.moe.kernels.extension import LEVELS, Extension, FusedCall, load
+from fairseq_moe_opt.moe.kernels.extension import FusedCall, load
 from fairseq_moe_opt.moe.kernels.limits import row_limit
 from fairseq_moe_opt.moe.kernels.loop import LoopKernel
 from fairseq_moe_opt.moe.kernels.workspace import ThreadWorkspace
@@ -40,6 +39,7 @@ class FusedKernel:
 
     name = "fused"
     needs_packed = False
+    activations = frozenset(_ACTIVATIONS)
 
     def __init__(self, loop: LoopKernel) -> None:
         self._loop = loop
@@ -63,8 +63,10 @@ class FusedKernel:
             for segment in segments:
                 out[segment.start : segment.stop].copy_(results[segment.start : segment.stop])
             return
+        self._refuse_without_extension()
         weights = dict(zip(wave.experts, wave.weights, strict=True))
-        fused, left = [], []
+        fused: list[Segment] = []
+        left: list[Segment] = []
         for segment in segments:
             suits = self._suits(rows, weights[segment.expert], segment.stop - segment.start, activation, out)
             (fused if suits else left).append(segment)
@@ -74,17 +76,26 @@ class FusedKernel:
             self._fused(rows, fused, weights, activation, out)
 
     @staticmethod
+    def _refuse_without_extension() -> None:
+        extension = load()
+        if isinstance(extension, str):
+            raise KernelError(f"kernel 'fused' cannot run here: {extension}; use kernel='loop'")
+
+    @staticmethod
     def _suits(rows: Tensor, expert: ExpertWeights, num_rows: int, activation: str, out: Tensor) -> bool:
         """Whether the compiled code is to compute an expert: depends on itself and its rows only."""
         weight = expert.fc1_weight
-        if rows.dtype not in _ROWS or activation not in _ACTIVATIONS or not (expert.is_quantized or weight.dtype == rows.dtype):
+        extension = load()
+        if isinstance(extension, str) or rows.dtype not in _ROWS or activation not in _ACTIVATIONS:
+            return False
+        if not expert.is_quantized and weight.dtype != rows.dtype:
             return False
         if any(getattr(expert, name) is not None for name in _UNKNOWN):
             return False
         if not (rows.is_contiguous() and out.is_contiguous() and all(t.is_contiguous() for t in expert.tensors())):
             return False
         ffn_width, model_width = weight.shape
-        return num_rows <= row_limit(weight.dtype, rows.dtype, model_width, ffn_width)
+        return num_rows <= row_limit(weight.dtype, rows.dtype, model_width, ffn_width, extension.level)
 
     def _fused(
         self,
@@ -96,7 +107,7 @@ class FusedKernel:
     ) -> None:
         extension = load()
         if isinstance(extension, str):
-            raise KernelError(f"kernel 'fused' cannot run here: {extension}")
+            return
         numbers, kept = array("q"), []
         for segment in segments:
             expert = weights[segment.expert]

@@ -24,9 +24,9 @@
 namespace {
 
 constexpr int CHUNK = 64;          // rows of one pass over a panel
-constexpr int PANEL_STRIDE = 48;   // outputs of a panel, at most: a multiple of every TILE_N
-constexpr int PLANES = 3;          // bytes of a fixed-point number
-constexpr int PLANE_ROWS = 21;     // rows whose planes, and one row of ones, fill a chunk
+constexpr int PANEL_STRIDE = 48;   // outputs of a panel, at most: a multiple of every tile's
+constexpr int DIGITS = 3;          // bytes of a fixed-point number
+constexpr int DIGIT_ROWS = 21;     // rows whose digits fill a chunk
 
 enum Activation { RELU = 0, GELU = 1, SILU = 2 };
 enum DType { F32 = 0, BF16 = 1, I8 = 2 };
@@ -57,7 +57,11 @@ inline uint16_t to_bf16(float value) {  // to the nearest, ties to even, as torc
 enum Mode {
     FLOATS,         // float32 products of float32 weights, or of others unpacked a block at a time
     BF16_PRODUCTS,  // bfloat16 dot products of bfloat16 weights, or of int8 codes unpacked
-    PLANE_PRODUCTS  // int8 codes times the bytes of fixed-point rows: exact sums of integers
+    DIGIT_PRODUCTS  // int8 codes times the digits of fixed-point rows: exact sums of integers
+};
+
+struct RowUnit {
+    double unit, raised;  // what one stands for, and what the raised codes add to a row's sums
 };
 
 struct Work {
@@ -66,7 +70,7 @@ struct Work {
     int64_t ldx, ldh;                         // elements from a row to the next of x and hidden, as computed
     const void *x;                            // rows in the form that `mode` computes with
     void *x_made, *hidden, *hidden_made;      // scratch: those rows, act(fc1), and that in the form for fc2
-    float *x_scale, *hidden_scale;            // of PLANE_PRODUCTS: a number a row
+    RowUnit *x_units, *hidden_units;          // of DIGIT_PRODUCTS: one a row
 };
 
 struct Item {
@@ -91,28 +95,23 @@ using PanelFn = void (*)(const void* x, int64_t ldx, int64_t rows, const void* w
                          int64_t n1, int64_t K, void* sums);
 
 struct Routines {
-    PanelFn floats_f32, floats_bf16, floats_i8, bf16_bf16, bf16_i8, planes_i8;
+    PanelFn floats_f32, floats_bf16, floats_i8, bf16_bf16, bf16_i8, digits_i8;
     void (*finish)(const Job&, const Work&, bool first, int64_t row, int64_t rows, int64_t n0, int64_t n1,
                    const void* sums, const void* gate_sums);
-    void (*planes)(const void* x, int dtype, int64_t width, int64_t rows, uint8_t* into, int64_t ld, float* scale);
+    void (*digits)(const void* x, int dtype, int64_t width, int64_t rows, int64_t from_row, int8_t* into, int64_t ld,
+                   RowUnit* units);
 };
 
 inline int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
 
-// First row of the planes of the chunk that begins at row m of an expert: m is a multiple of PLANE_ROWS.
-inline int64_t plane_row(int64_t m) { return m * PLANES + m / PLANE_ROWS; }
-inline int64_t plane_rows(int64_t rows) { return rows * PLANES + (rows + PLANE_ROWS - 1) / PLANE_ROWS; }
-
 // ---- any processor: vectors of the compiler's own -----------------------------------------------------------------
 #define TARGET
-#define MAX_R 3
-#define TILE_N 4
 #define MORE_ROUTINES
 namespace generic {
 typedef float Vec __attribute__((vector_size(32)));
 struct Floats {
     using X = float; using W = float; using XV = Vec; using Acc = Vec; using Sum = float;
-    static constexpr int STEP = 8, BLOCK = 512;
+    static constexpr int STEP = 8, BLOCK = 512, MIN_R = 1, MAX_R = 3, N = 4;
     static inline Acc zero() { return Vec{}; }
     static inline XV load_x(const float* p) { Vec v; std::memcpy(&v, p, 32); return v; }
     static inline XV load_w(const float* p) { return load_x(p); }
@@ -120,7 +119,7 @@ struct Floats {
     static inline XV load_w_part(const float* p, int64_t n) { return load_x_part(p, n); }
     static inline Acc mac(Acc a, XV x, XV w) { return a + x * w; }
     static inline void store_sums(const Acc* a, float* out) {
-        for (int n = 0; n < TILE_N; ++n) {
+        for (int n = 0; n < N; ++n) {
             const Vec v = a[n];
             out[n] = ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
         }
@@ -131,19 +130,15 @@ struct Floats {
 }  // namespace generic
 #undef MORE_ROUTINES
 #undef TARGET
-#undef MAX_R
-#undef TILE_N
 
 #ifdef MOE_X86
 // ---- AVX2 with FMA ------------------------------------------------------------------------------------------------
 #define TARGET __attribute__((target("avx2,fma,f16c")))
-#define MAX_R 3
-#define TILE_N 4
 #define MORE_ROUTINES
 namespace avx2 {
 struct Floats {
     using X = float; using W = float; using XV = __m256; using Acc = __m256; using Sum = float;
-    static constexpr int STEP = 8, BLOCK = 512;
+    static constexpr int STEP = 8, BLOCK = 512, MIN_R = 1, MAX_R = 3, N = 4;
     TARGET static inline Acc zero() { return _mm256_setzero_ps(); }
     TARGET static inline XV load_x(const float* p) { return _mm256_loadu_ps(p); }
     TARGET static inline XV load_w(const float* p) { return _mm256_loadu_ps(p); }
@@ -167,14 +162,10 @@ struct Floats {
 }  // namespace avx2
 #undef MORE_ROUTINES
 #undef TARGET
-#undef MAX_R
-#undef TILE_N
 
 // ---- AVX-512 ------------------------------------------------------------------------------------------------------
 #define AVX512_TARGET "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq"
 #define TARGET __attribute__((target(AVX512_TARGET)))
-#define MAX_R 4
-#define TILE_N 6
 #define MORE_ROUTINES
 namespace avx512 {
 #include "avx512.inc"
@@ -186,7 +177,7 @@ namespace avx512 {
 
 // ---- AVX-512 with bfloat16 and int8 dot products --------------------------------------------------------------------
 #define TARGET __attribute__((target(AVX512_TARGET ",avx512vnni")))
-#define MORE_ROUTINES r.planes_i8 = any_panel<Planes, AsIs<Planes>>;
+#define MORE_ROUTINES r.digits_i8 = any_panel<Digits, AsIs<Digits>>;
 namespace avx512_vnni {
 #include "avx512.inc"
 #include "avx512_vnni.inc"
@@ -198,7 +189,7 @@ namespace avx512_vnni {
 
 #define TARGET __attribute__((target(AVX512_TARGET ",avx512vnni,avx512bf16")))
 #define MORE_ROUTINES                                    \
-    r.planes_i8 = any_panel<Planes, AsIs<Planes>>;       \
+    r.digits_i8 = any_panel<Digits, AsIs<Digits>>;       \
     r.bf16_bf16 = any_panel<Bf16Pairs, AsIs<Bf16Pairs>>; \
     r.bf16_i8 = any_panel<Bf16Pairs, Bf16OfCodes>;
 namespace avx512_bf16 {
@@ -210,8 +201,6 @@ namespace avx512_bf16 {
 }  // namespace avx512_bf16
 #undef MORE_ROUTINES
 #undef TARGET
-#undef MAX_R
-#undef TILE_N
 #endif  // MOE_X86
 
 int best_level() {
@@ -241,16 +230,16 @@ const Routines& routines_of(int level) {
     return generic::routines;
 }
 
-// An integer sum must fit in 32 bits: K products of at most 255 * 127.
-constexpr int64_t WIDEST_PLANES = INT32_MAX / (255 * 127);
+// An integer sum must fit in 32 bits: K products of at most 255 * 128.
+constexpr int64_t WIDEST_DIGITS = INT32_MAX / (255 * 128);
 
 Mode mode_of(const Job& job, int64_t rows, int64_t few) {
     const Routines& r = *job.routines;
     if (job.weights_dtype == BF16 && r.bf16_bf16) return BF16_PRODUCTS;
     if (job.weights_dtype != I8) return FLOATS;
-    const bool planes = r.planes_i8 && job.model_width <= WIDEST_PLANES && job.ffn_width <= WIDEST_PLANES;
-    if (job.rows_dtype == BF16 && r.bf16_i8 && (rows > few || !planes)) return BF16_PRODUCTS;
-    return planes ? PLANE_PRODUCTS : FLOATS;
+    const bool digits = r.digits_i8 && job.model_width <= WIDEST_DIGITS && job.ffn_width <= WIDEST_DIGITS;
+    if (job.rows_dtype == BF16 && r.bf16_i8 && (rows > few || !digits)) return BF16_PRODUCTS;
+    return digits ? DIGIT_PRODUCTS : FLOATS;
 }
 
 // Elements from a row to the next: not a power of two, or the rows of a tile would share a few sets of the cache.
@@ -269,15 +258,15 @@ struct Arena {  // hands out pieces of the scratch space; with no space, adds up
 void lay_out(const Job& job, Work& work, Arena& arena) {
     const int64_t rows = work.expert.rows, D = job.model_width, F = job.ffn_width;
     work.x_made = work.hidden_made = nullptr;
-    work.x_scale = work.hidden_scale = nullptr;
-    if (work.mode == PLANE_PRODUCTS) {
+    work.x_units = work.hidden_units = nullptr;
+    if (work.mode == DIGIT_PRODUCTS) {
         work.ldx = padded(D, 1);
         work.ldh = F;
-        arena.take(work.x_made, plane_rows(rows) * work.ldx);
-        arena.take(work.x_scale, rows * 4);
+        arena.take(work.x_made, rows * DIGITS * work.ldx);
+        arena.take(work.x_units, rows * int64_t(sizeof(RowUnit)));
         arena.take(work.hidden, rows * F * 4);
-        arena.take(work.hidden_made, plane_rows(rows) * padded(F, 1));
-        arena.take(work.hidden_scale, rows * 4);
+        arena.take(work.hidden_made, rows * DIGITS * padded(F, 1));
+        arena.take(work.hidden_units, rows * int64_t(sizeof(RowUnit)));
         work.x = work.x_made;
         return;
     }
@@ -304,10 +293,10 @@ void list_items(Job& job) {
         for (int32_t i = 0; i < int32_t(job.works.size()); ++i) {
             const Work& work = job.works[size_t(i)];
             const int64_t rows = work.expert.rows;
-            const bool planes = work.mode == PLANE_PRODUCTS;
-            if (phase == 0) by_chunks(i, phase, rows, planes ? PLANE_ROWS : CHUNK);
+            const bool digits = work.mode == DIGIT_PRODUCTS;
+            if (phase == 0) by_chunks(i, phase, rows, digits ? DIGIT_ROWS : CHUNK);
             if (phase == 1) by_panels(i, phase, job.ffn_width);
-            if (phase == 2 && planes) by_chunks(i, phase, rows, PLANE_ROWS);
+            if (phase == 2 && digits) by_chunks(i, phase, rows, DIGIT_ROWS);
             if (phase == 3) by_panels(i, phase, job.model_width);
         }
     }
@@ -317,9 +306,9 @@ void convert(const Job& job, const Work& work, int64_t from, int64_t to) {
     const int64_t D = job.model_width;
     const int64_t size = job.rows_dtype == BF16 ? 2 : 4;
     const char* rows = job.rows + (work.expert.start + from) * D * size;
-    if (work.mode == PLANE_PRODUCTS) {
-        uint8_t* into = static_cast<uint8_t*>(work.x_made) + plane_row(from) * work.ldx;
-        job.routines->planes(rows, job.rows_dtype, D, to - from, into, work.ldx, work.x_scale + from);
+    if (work.mode == DIGIT_PRODUCTS) {
+        int8_t* into = static_cast<int8_t*>(work.x_made) + from * DIGITS * work.ldx;
+        job.routines->digits(rows, job.rows_dtype, D, to - from, D, into, work.ldx, work.x_units + from);
         return;
     }
     for (int64_t m = 0; m < to - from; ++m) {
@@ -340,7 +329,7 @@ void convert(const Job& job, const Work& work, int64_t from, int64_t to) {
 
 PanelFn panel_of(const Job& job, Mode mode) {
     const Routines& r = *job.routines;
-    if (mode == PLANE_PRODUCTS) return r.planes_i8;
+    if (mode == DIGIT_PRODUCTS) return r.digits_i8;
     if (mode == BF16_PRODUCTS) return job.weights_dtype == I8 ? r.bf16_i8 : r.bf16_bf16;
     return job.weights_dtype == I8 ? r.floats_i8 : job.weights_dtype == BF16 ? r.floats_bf16 : r.floats_f32;
 }
@@ -349,15 +338,15 @@ PanelFn panel_of(const Job& job, Mode mode) {
 void multiply(const Job& job, const Work& work, bool first, int64_t n0, int64_t n1) {
     alignas(64) char sums[CHUNK * PANEL_STRIDE * 4], gate_sums[CHUNK * PANEL_STRIDE * 4];
     const Expert& e = work.expert;
-    const bool planes = work.mode == PLANE_PRODUCTS;
+    const bool digits = work.mode == DIGIT_PRODUCTS;
     const PanelFn panel = panel_of(job, work.mode);
     const int64_t K = first ? job.model_width : job.ffn_width;
-    const void* x = first ? work.x : planes ? work.hidden_made : work.hidden;
-    const int64_t ld = first ? work.ldx : planes ? padded(K, 1) : work.ldh;
-    const int64_t chunk = planes ? PLANE_ROWS : CHUNK, size = planes ? 1 : work.mode == BF16_PRODUCTS ? 2 : 4;
+    const void* x = first ? work.x : digits ? work.hidden_made : work.hidden;
+    const int64_t ld = first ? work.ldx : digits ? padded(K, 1) : work.ldh;
+    const int64_t chunk = digits ? DIGIT_ROWS : CHUNK, size = digits ? 1 : work.mode == BF16_PRODUCTS ? 2 : 4;
     for (int64_t m = 0; m < e.rows; m += chunk) {
         const int64_t rows = e.rows - m < chunk ? e.rows - m : chunk;
-        const int64_t at = planes ? plane_row(m) : m, many = planes ? plane_rows(rows) : rows;
+        const int64_t at = digits ? m * DIGITS : m, many = digits ? rows * DIGITS : rows;
         const char* here = static_cast<const char*>(x) + at * ld * size;
         panel(here, ld, many, first ? e.fc1 : e.fc2, K, n0, n1, K, sums);
         if (first && e.gate) panel(here, ld, many, e.gate, K, n0, n1, K, gate_sums);
@@ -372,8 +361,9 @@ void do_item(const Job& job, const Item& item) {
         case 2: {
             const int64_t ld = padded(job.ffn_width, 1);
             const float* rows = static_cast<const float*>(work.hidden) + item.from * work.ldh;
-            uint8_t* into = static_cast<uint8_t*>(work.hidden_made) + plane_row(item.from) * ld;
-            job.routines->planes(rows, F32, job.ffn_width, item.to - item.from, into, ld, work.hidden_scale + item.from);
+            int8_t* into = static_cast<int8_t*>(work.hidden_made) + item.from * DIGITS * ld;
+            job.routines->digits(rows, F32, job.ffn_width, item.to - item.from, work.ldh, into, ld,
+                                 work.hidden_units + item.from);
             break;
         }
         default: multiply(job, work, item.phase == 1, item.from, item.to);
