@@ -1,8 +1,8 @@
 """Up to how many rows an expert is the compiled kernel's, and from when on torch's GEMMs are faster: a measured table.
 
-What ships was measured where ``docs/kernels.md`` says. ``benchmarks/kernels.py --tune`` measures this machine and writes
-a file in the user's cache that goes before it, a line a shape. Nothing is measured behind the user's back: on a busy
-machine that would be noise, and rounding would differ from one run to the next.
+What ships was measured where ``docs/kernels.md`` says. ``benchmarks/kernels.py --tune`` measures this machine and
+writes a file in the user's cache that goes before it, a line a shape. Nothing is measured behind the user's back:
+on a busy machine that would be noise, and rounding would differ from one run to the next.
 """
 
 from __future__ import annotations
