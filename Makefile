@@ -19,7 +19,7 @@ STAMPS := $(VENV)/stamps
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
 
-PACKAGE_FILES := $(sort $(shell find fairseq_moe_opt hf_integration -name '*.py' -o -name py.typed))
+PACKAGE_FILES := $(sort $(shell find fairseq_moe_opt hf_integration -name '*.py' -o -name py.typed -o -name '*.cpp' -o -name '*.inc'))
 
 # Transformers 4.57.1, the last line that computes NLLB-MoE right, cannot share an environment with 5.x: it lives in a
 # folder of its own that goes to the front of PYTHONPATH, with torch and all else from .venv.

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
+from typing import Any
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).parent
 
@@ -55,6 +58,33 @@ PLOTS = ["matplotlib>=3.8"]
 DEV = ["hypothesis>=6.100", "mypy>=1.15", "pytest>=8", "pytest-cov>=5", "ruff>=0.9", "scipy>=1.11", "types-PyYAML"]
 
 
+# The compiled expert kernel: plain C++ that needs neither Python's headers nor torch's. It chooses its instruction
+# set when it runs, so one build serves every processor of an architecture.
+NATIVE = "fairseq_moe_opt/moe/kernels/native"
+FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-w"]
+FUSED = Extension(
+    "fairseq_moe_opt.moe.kernels._fused",
+    sources=[f"{NATIVE}/fused.cpp"],
+    depends=[str(path) for path in sorted(Path(NATIVE).glob("*.inc"))],
+    extra_compile_args=FLAGS,
+    extra_link_args=["-pthread"],
+    language="c++",
+    optional=True,  # without a compiler the project installs all the same, and computes with torch alone
+)
+
+
+class BuildKernel(build_ext):
+    """Says what it means when the kernel is not compiled."""
+
+    def build_extension(self, ext: Any) -> None:
+        """As usual."""
+        try:
+            super().build_extension(ext)
+        except Exception as error:
+            self.warn(f"the fused kernel is left out, kernel='loop' takes its place: {error}")
+            raise
+
+
 def version() -> str:
     """The one version number, as ``fairseq_moe_opt/__init__.py`` states it."""
     source = (HERE / "fairseq_moe_opt" / "__init__.py").read_text(encoding="utf-8")
@@ -85,6 +115,8 @@ setup(
         PRESETS: ["*.yaml", "*.txt", "presets/*.yaml"],
     },
     zip_safe=False,
+    ext_modules=[] if os.environ.get("MOE_OPT_FUSED") == "0" else [FUSED],
+    cmdclass={"build_ext": BuildKernel},
     install_requires=CORE,
     extras_require={
         "hf": HF,

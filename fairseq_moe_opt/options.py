@@ -18,7 +18,7 @@ from fairseq_moe_opt.sizes import ALL, check_size
 _CHOICES: Mapping[str, tuple[str, ...]] = {
     "gating": ("dynamic", "static"),
     "capacity": ("none", "checkpoint"),
-    "kernel": ("auto", "naive", "loop", "grouped_mm"),
+    "kernel": ("auto", "naive", "loop", "grouped_mm", "fused"),
     "expert_dtype": ("checkpoint", "bf16", "int8"),
     "eviction": ("auto", "reuse", "lfru", "lifo", "fifo", "lru", "lfu"),
     "expert_pool": ("auto", "global", "layer"),
@@ -55,7 +55,7 @@ class MoEOptions:
     checkpoint's own capacity options drop."""
 
     kernel: str = "auto"
-    """what computes the experts: auto takes the fastest one here; naive, loop and grouped_mm ask for one."""
+    """what computes the experts: auto takes the fastest one here; naive, loop, grouped_mm and fused ask for one."""
 
     expert_dtype: str = "checkpoint"
     """dtype of the experts in memory, all else keeps the model's: checkpoint takes them as they are stored; bf16 rounds

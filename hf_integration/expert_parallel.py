@@ -98,9 +98,8 @@ def _short(text: str) -> str:
 def _with_choices(compared: Compared, ranks: Collectives, device: torch.device) -> MoEOptions:
     """What ``auto`` stands for here, the same on every rank."""
     options = compared.options
-    if options.buffered:  # its kernel is always the same
+    if options.buffered and options.prefetch == "auto" and device.type != "cpu":
         # auto is router beside a GPU, and that knows nothing of what other ranks will send.
-        guesses = options.prefetch == "auto" and device.type != "cpu"
-        return replace(options, prefetch="previous") if guesses else options
-    kernel = choose_kernel(options.kernel, device, compared.dtype[1]).name
+        options = replace(options, prefetch="previous")
+    kernel = choose_kernel(options.kernel, device, compared.dtype[1], apart=options.buffered).name
     return replace(options, kernel=follow_first(ranks, kernel))

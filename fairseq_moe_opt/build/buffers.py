@@ -28,7 +28,6 @@ from fairseq_moe_opt.buffering import (
     measure_layers,
     slot_bytes_for,
 )
-from fairseq_moe_opt.build.layers import buffered_kernel
 from fairseq_moe_opt.checkpoints import ExpertFiles, ExpertRecords
 from fairseq_moe_opt.moe.cache_report import BufferReport, CacheCounters
 from fairseq_moe_opt.moe.experts import compute_dtype
@@ -156,7 +155,8 @@ def _host_compute(pool: ExpertPool, source: _Source, options: MoEOptions, row_dt
     """What has experts computed in main memory, its costs timed here; None where every expert is copied."""
     if options.host_compute == "off" or source.tier is None or pool.arena.device.type == "cpu":
         return None
-    ffn = partial(host_ffn, get_kernel(buffered_kernel(options)))
+    # What the layer computes host waves with: the kernel that auto takes for experts apart beside a GPU.
+    ffn = partial(host_ffn, get_kernel("loop" if options.kernel == "auto" else options.kernel))
     return HostCompute(source.tier, measure_layers(pool.layers.values(), source.tier, pool.arena, row_dtype, ffn))
 
 

@@ -93,7 +93,7 @@ def build_layer(
     config = LayerConfig(
         activation=spec.activation,
         gating=options.gating,
-        kernel=options.kernel if cache is None else buffered_kernel(options),
+        kernel=options.kernel,
         expert_masking=spec.expert_masking,
         final_masking=spec.final_masking,
         dropout=spec.dropout,
@@ -117,11 +117,6 @@ def build_layer(
         exchange=exchange,
         padded_exchange=padded_exchange,
     )
-
-
-def buffered_kernel(options: MoEOptions) -> str:
-    """Of the kernels that auto may choose, only one computes from experts kept apart."""
-    return "loop" if options.kernel == "auto" else options.kernel
 
 
 def _require_expert_dtype(layer: str, option: str, dtype: torch.dtype) -> None:

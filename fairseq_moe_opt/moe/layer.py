@@ -238,7 +238,8 @@ class MoELayer:
     def _kernel(self, rows: Tensor) -> ExpertKernel:
         key = (rows.device, self.store.dtype)
         if key not in self._kernels:
-            self._kernels[key] = choose_kernel(self.config.kernel, *key).name
+            activation, apart = self.config.activation, self.store.transient
+            self._kernels[key] = choose_kernel(self.config.kernel, *key, activation=activation, apart=apart).name
         return get_kernel(self._kernels[key])
 
     def _count(self, tokens: Tensor, routing: Routing, plan: Dispatch, computed: int, kernel: str) -> None:

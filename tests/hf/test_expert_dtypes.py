@@ -117,7 +117,7 @@ def test_undo_leaves_a_model_that_holds_int8_and_runs(int8_folder: Path) -> None
     rows = torch.randn(3, expert.fc1.in_features)
     hidden = torch.relu(expert.fc1(rows))
     assert torch.equal(expert(rows), expert.fc2(hidden))
-    optimize(model, kernel="loop", expert_dtype="int8")
+    optimize(model, expert_dtype="int8")
     assert torch.equal(logits(model, batch()), expected)
     copied = copy.deepcopy(model)
     assert torch.equal(logits(copied, batch()), expected)

@@ -27,7 +27,7 @@ def test_unknown_name_lists_the_known_ones() -> None:
 def test_a_name_is_taken_once() -> None:
     with pytest.raises(OptionError, match="'naive' is taken"):
         register_kernel(NaiveKernel())
-    assert kernel_names() == ("naive", "loop", "grouped_mm")
+    assert kernel_names() == ("naive", "loop", "grouped_mm", "fused")
 
 
 def test_refusal_names_the_alternative(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,8 +37,8 @@ def test_refusal_names_the_alternative(monkeypatch: pytest.MonkeyPatch) -> None:
         choose_kernel("grouped_mm", CPU, torch.float32)
 
 
-def test_auto_is_the_loop_on_cpu() -> None:
-    assert choose_kernel("auto", CPU, torch.float32).name == "loop"
+def test_auto_computes_experts_apart_wherever_there_is_no_other_way() -> None:
+    assert choose_kernel("auto", torch.device("cuda"), torch.bfloat16, apart=True).name == "loop"
 
 
 def test_grouped_mm_refuses_experts_kept_apart() -> None:

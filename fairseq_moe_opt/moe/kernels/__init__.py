@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from fairseq_moe_opt.errors import KernelError, OptionError
+from fairseq_moe_opt.moe.kernels.fused import FusedKernel
 from fairseq_moe_opt.moe.kernels.grouped_mm import GroupedMMKernel
 from fairseq_moe_opt.moe.kernels.loop import LoopKernel
 from fairseq_moe_opt.moe.kernels.naive import NaiveKernel
@@ -46,13 +47,21 @@ def get_kernel(name: str) -> ExpertKernel:
         raise OptionError("kernel", f"{name!r} is not one of {known}") from None
 
 
-def choose_kernel(name: str, device: torch.device, dtype: torch.dtype) -> ExpertKernel:
+def choose_kernel(
+    name: str, device: torch.device, dtype: torch.dtype, *, activation: str | None = None, apart: bool = False
+) -> ExpertKernel:
     """The kernel for experts with ``dtype`` matrices on ``device``; ``auto`` takes the fastest measured one there.
+
+    Args:
+        name: of a kernel, or ``auto``.
+        device, dtype: of the experts' matrices.
+        activation: of the experts, which ``auto`` heeds; None when it is not known.
+        apart: the experts are never packed in one tensor, which ``auto`` heeds.
 
     Raises KernelError when the named kernel cannot run there.
     """
     if name == AUTO:
-        name = _fastest(device, dtype)
+        name = _fastest(device, dtype, activation, apart)
     kernel = get_kernel(name)
     reason = kernel.refusal(device, dtype)
     if reason is not None:
@@ -60,16 +69,19 @@ def choose_kernel(name: str, device: torch.device, dtype: torch.dtype) -> Expert
     return kernel
 
 
-def _fastest(device: torch.device, dtype: torch.dtype) -> str:
-    """Threads over experts beat every alternative on CPU; grouped GEMMs save the launches of a loop on CUDA."""
-    if device.type == "cuda" and get_kernel("grouped_mm").refusal(device, dtype) is None:
+def _fastest(device: torch.device, dtype: torch.dtype, activation: str | None, apart: bool) -> str:
+    """On CPU the compiled kernel where it is there, else threads over experts; on CUDA grouped GEMMs save launches."""
+    if device.type == "cuda" and not apart and get_kernel("grouped_mm").refusal(device, dtype) is None:
         return "grouped_mm"
-    return "loop"
+    known = activation is None or activation in FusedKernel.activations
+    return "fused" if known and get_kernel("fused").refusal(device, dtype) is None else "loop"
 
 
+_LOOP = LoopKernel()
 register_kernel(NaiveKernel())
-register_kernel(LoopKernel())
+register_kernel(_LOOP)
 register_kernel(GroupedMMKernel())
+register_kernel(FusedKernel(_LOOP))
 
 __all__ = [
     "AUTO",

@@ -1,0 +1,352 @@
+"""Expert kernels on CPU, shape by shape: decoding against the memory's speed, prefill against one dense FFN.
+
+Every side computes the same rows with the same experts; their outputs are compared with float32 first, then they take
+turns for several rounds. In each round memory is read once (the sum of a 1 GiB tensor) and one dense FFN with as many
+FLOPs of the same dtype is computed, and all ratios are medians of ratios within a round. Decoding reads every expert
+once for 1 to 8 rows each; prefill has 32 rows an expert, as 512 tokens with two choices have among 32. Random
+weights, all experts together larger than the caches. Beside them, Transformers' own functions for experts where they
+apply.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import torch
+import typer
+from _machine import write_results
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from fairseq_moe_opt.moe.experts import expert_ffn
+from fairseq_moe_opt.moe.kernels import available_kernels, extension, get_kernel, limits
+from fairseq_moe_opt.moe.quantization import dequantize, quantize_into
+from fairseq_moe_opt.moe.types import ExpertWave, ExpertWeights, PackedExperts, Segment
+
+BANDWIDTH, DENSE = "bandwidth", "dense FFN"
+DECODE_ROWS, PREFILL_ROWS = (1, 2, 4, 8), 32
+MOST_EXPERTS = 32
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+HF_WAYS = ("eager", "batched_mm", "grouped_mm")
+LONGEST = 1.0
+"""Seconds; a side whose first run takes longer is left out of the case."""
+
+TABLE_WIDTH = 140
+RESULTS = Path(__file__).resolve().parent / "results" / "kernels.json"
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+class BenchmarkError(Exception):
+    """A side computes something else."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Experts of one model: D, F, and whether they are gated (SiLU) or not (ReLU with biases)."""
+
+    name: str
+    model_width: int
+    ffn_width: int
+    gated: bool
+
+    @property
+    def weights(self) -> int:
+        """Numbers in an expert's matrices."""
+        return self.model_width * self.ffn_width * (3 if self.gated else 2)
+
+
+SHAPES = (
+    Shape("NLLB-MoE-54B", 2048, 8192, False),
+    Shape("Mixtral-8x7B", 4096, 14336, True),
+    Shape("Qwen3-30B-A3B", 2048, 768, True),
+    Shape("OLMoE-1B-7B", 2048, 1024, True),
+    Shape("small", 512, 2048, False),
+)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One side in one case.
+
+    Attributes:
+        shape, dtype, rows_dtype, experts, rows: of the case; ``rows`` an expert.
+        side: a kernel, or Transformers' function.
+        difference: of its output from float32's, relative in the norm.
+        seconds: of every round.
+        bandwidth: bytes a second of the plain read, by round.
+        dense_seconds: of the dense FFN, by round; empty when decoding.
+        weight_bytes: of the matrices that are read.
+        of_bandwidth: how fast weights are read, as a share of the plain read.
+        of_dense: speed as a share of the dense FFN's; 0 when decoding.
+    """
+
+    shape: str
+    dtype: str
+    rows_dtype: str
+    experts: int
+    rows: int
+    side: str
+    difference: float
+    seconds: list[float]
+    bandwidth: list[float]
+    dense_seconds: list[float]
+    weight_bytes: int
+    of_bandwidth: float
+    of_dense: float
+
+
+@dataclass(frozen=True)
+class Case:
+    """Experts and their rows."""
+
+    shape: Shape
+    experts: Sequence[ExpertWeights]
+    packed: PackedExperts | None
+    rows: Tensor
+    rows_each: int
+
+    @property
+    def activation(self) -> str:
+        """Of the experts."""
+        return "silu" if self.shape.gated else "relu"
+
+
+def make_experts(
+    shape: Shape, dtype: torch.dtype, rows_dtype: torch.dtype, budget: int
+) -> tuple[list[ExpertWeights], PackedExperts | None]:
+    """As many experts as ``budget`` bytes hold, packed when they are floats; every one differs, cheaply."""
+    count = max(2, min(MOST_EXPERTS, budget // (shape.weights * dtype.itemsize)))
+    sizes, kind = (shape.model_width, shape.ffn_width), {"gated": shape.gated, "bias": not shape.gated}
+    one = ExpertWeights.empty(*sizes, dtype=torch.float32, **kind)
+    for tensor in one.tensors():
+        tensor.normal_().mul_(tensor.shape[-1] ** -0.5)
+    if dtype == torch.int8:
+        experts = []
+        for _ in range(count):
+            codes = ExpertWeights.empty(*sizes, dtype=dtype, bias_dtype=rows_dtype, **kind)
+            quantize_into(one, codes)
+            experts.append(codes)
+        return experts, None
+
+    def stack(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None:
+            return None
+        stacked = torch.empty(count, *tensor.shape, dtype=dtype)
+        for index in range(count):
+            stacked[index].copy_(tensor.roll(index, 0))
+        return stacked
+
+    parts = {field.name: stack(getattr(one, field.name)) for field in fields(PackedExperts)}
+    packed = PackedExperts(**parts)  # type: ignore[arg-type]
+    return [packed.expert(index) for index in range(count)], packed
+
+
+def sides_of(case: Case) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """Every way to compute the case; each call gives (R, D)."""
+    segments = [Segment(e, e * case.rows_each, (e + 1) * case.rows_each) for e in range(len(case.experts))]
+    wave = ExpertWave(tuple(range(len(case.experts))), tuple(case.experts), case.packed)
+    out = torch.empty_like(case.rows)
+
+    def run(name: str) -> Tensor:
+        get_kernel(name).run(case.rows, segments, wave, case.activation, out)
+        return out
+
+    for name in available_kernels("cpu", case.experts[0].fc1_weight.dtype):
+        if name != "naive" or case.rows_each == 1:  # it reads the weights again for every row
+            yield name, lambda name=name: run(name)  # type: ignore[misc]
+    if case.packed is not None and case.shape.gated:
+        yield from transformers_sides(case, case.packed)
+
+
+def transformers_sides(case: Case, packed: PackedExperts) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """``MixtralExperts`` of Transformers 5, by each of its functions, each token with one choice."""
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    config = MixtralConfig(
+        hidden_size=case.shape.model_width,
+        intermediate_size=case.shape.ffn_width,
+        num_local_experts=packed.num_experts,
+        num_experts_per_tok=1,
+    )
+    with torch.device("meta"):
+        experts = MixtralExperts(config)
+    gate_up = torch.cat([packed.gate_weight, packed.fc1_weight], 1)  # type: ignore[list-item]
+    experts.gate_up_proj = torch.nn.Parameter(gate_up, requires_grad=False)
+    experts.down_proj = torch.nn.Parameter(packed.fc2_weight, requires_grad=False)
+    choice = torch.arange(packed.num_experts).repeat_interleave(case.rows_each).unsqueeze(1)
+    weight = torch.ones(len(case.rows), 1, dtype=case.rows.dtype)
+
+    def run(way: str) -> Tensor:
+        config._experts_implementation = way
+        return experts(case.rows, choice, weight)
+
+    for way in HF_WAYS:
+        # batched_mm copies an expert's weights for every row.
+        if way != "batched_mm" or case.rows_each == 1:
+            yield f"Transformers {way}", lambda way=way: run(way)  # type: ignore[misc]
+
+
+def expected(case: Case) -> Tensor:
+    """In float32, whatever the experts are."""
+    parts = []
+    for index, expert in enumerate(case.experts):
+        rows = case.rows[index * case.rows_each : (index + 1) * case.rows_each].float()
+        if expert.is_quantized:
+            wide = dequantize(expert, torch.float32)
+        else:
+            tensors = {field.name: getattr(expert, field.name) for field in fields(expert)}
+            wide = replace(expert, **{name: one.float() for name, one in tensors.items() if one is not None})
+        parts.append(expert_ffn(rows, wide, case.activation))
+    return torch.cat(parts)
+
+
+def dense_of(case: Case) -> Callable[[], Tensor]:
+    """One FFN of the rows' dtype that all rows go through: as many FLOPs, without experts."""
+    expert = case.experts[0]
+    dense = dequantize(expert, case.rows.dtype) if expert.is_quantized else expert
+    return lambda: expert_ffn(case.rows, dense, case.activation)
+
+
+def measure(case: Case, dtype: str, plain: Tensor, rounds: int) -> list[Row]:
+    """Compare the sides' outputs, then time them; BenchmarkError when one differs."""
+    right, differences, sides = expected(case), {}, {}
+    for name, side in sides_of(case):
+        start = time.perf_counter()
+        output = side()
+        if time.perf_counter() - start > LONGEST:
+            continue
+        difference = float((output.float() - right).norm() / right.norm())
+        if not difference <= TOLERANCE[case.rows.dtype]:
+            raise BenchmarkError(f"{case.shape.name}, {dtype}: {name} differs by {difference:.1e}")
+        differences[name], sides[name] = difference, side
+    prefill = case.rows_each == PREFILL_ROWS
+    others: dict[str, Callable[[], Tensor]] = {BANDWIDTH: plain.sum, **({DENSE: dense_of(case)} if prefill else {})}
+    seconds = take_turns({**others, **sides}, rounds)
+    bandwidth = [plain.nbytes / one for one in seconds[BANDWIDTH]]
+    dense = seconds.get(DENSE, [])
+    nbytes = case.shape.weights * case.experts[0].fc1_weight.element_size() * len(case.experts)
+    return [
+        Row(
+            case.shape.name,
+            dtype,
+            str(case.rows.dtype).removeprefix("torch."),
+            len(case.experts),
+            case.rows_each,
+            name,
+            differences[name],
+            seconds[name],
+            bandwidth,
+            dense,
+            nbytes,
+            median(nbytes / one / speed for one, speed in zip(seconds[name], bandwidth, strict=True)),
+            median(theirs / one for one, theirs in zip(seconds[name], dense, strict=True)) if dense else 0.0,
+        )
+        for name in sides
+    ]
+
+
+def take_turns(sides: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each side in every round, after one that does not count; each round begins with another side."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    names = list(sides)
+    for step in range(rounds + 1):
+        for turn in range(len(names)):
+            name = names[(turn + step) % len(names)]
+            start = time.perf_counter()
+            sides[name]()
+            if step:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def best_limit(shape: Shape, experts: Sequence[ExpertWeights], rows_dtype: torch.dtype, rounds: int) -> int:
+    """The most rows for which the compiled kernel is no slower than the loop; ALWAYS when it never was."""
+    limit, rows_each = 0, 1
+    while rows_each <= 512:
+        rows = torch.randn(len(experts) * rows_each, shape.model_width).to(rows_dtype)
+        sides = dict(sides_of(Case(shape, experts, None, rows, rows_each)))
+        seconds = take_turns({name: sides[name] for name in ("fused", "loop")}, rounds)
+        if median(two / one for one, two in zip(seconds["fused"], seconds["loop"], strict=True)) < 1:
+            return limit
+        limit, rows_each = rows_each, rows_each * 2
+    return limits.ALWAYS
+
+
+def table_of(rows: Sequence[Row]) -> Table:
+    """A line a side, a block a case."""
+    table = Table(title="experts on CPU: reading weights as a share of a plain read, prefill as a share of a dense FFN")
+    for heading in ("shape", "dtype", "rows\nan expert", "side"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("ms", "GB/s", "of plain\nread", "of dense", "difference"):
+        table.add_column(heading, justify="right")
+    last = None
+    for row in rows:
+        case = (row.shape, f"{row.dtype}, {row.rows_dtype} rows" if row.dtype == "int8" else row.dtype, str(row.rows))
+        if last not in (None, case):
+            table.add_section()
+        seconds = median(row.seconds)
+        table.add_row(
+            *(case if case != last else ("", "", "")),
+            row.side,
+            f"{seconds * 1e3:.2f}",
+            f"{row.weight_bytes / seconds / 1e9:.1f}",
+            f"{row.of_bandwidth:.0%}",
+            f"{row.of_dense:.0%}" if row.of_dense else "",
+            f"{row.difference:.0e}",
+        )
+        last = case
+    return table
+
+
+@app.command()
+def main(
+    shapes: Annotated[str, typer.Option(help="names, separated by commas")] = ",".join(s.name for s in SHAPES),
+    dtypes: Annotated[str, typer.Option(help="of the weights, separated by commas")] = ",".join(DTYPES),
+    rounds: Annotated[int, typer.Option(help="rounds a case")] = 5,
+    budget: Annotated[float, typer.Option(help="GiB of weights a case, about")] = 0.5,
+    pause: Annotated[float, typer.Option(help="seconds of rest after each case, for others on the machine")] = 0.0,
+    tune: Annotated[bool, typer.Option(help="measure this machine's own limits of rows too, and keep them")] = False,
+    results: Annotated[Path, typer.Option(help="JSON file")] = RESULTS,
+) -> None:
+    """Measure, print the table, write the JSON."""
+    torch.manual_seed(0)
+    console, plain, rows = Console(width=TABLE_WIDTH), torch.ones(2**28), []
+    found: dict[str, int] = {}
+    loaded = extension.load()
+    with torch.inference_mode():
+        for shape in (one for one in SHAPES if one.name in shapes.split(",")):
+            for dtype in dtypes.split(","):
+                for rows_dtype in (torch.float32, torch.bfloat16):
+                    if dtype != "int8" and DTYPES[dtype] != rows_dtype:
+                        continue
+                    experts, packed = make_experts(shape, DTYPES[dtype], rows_dtype, int(budget * 2**30))
+                    for rows_each in (*DECODE_ROWS, PREFILL_ROWS):
+                        tokens = torch.randn(len(experts) * rows_each, shape.model_width).to(rows_dtype)
+                        rows += measure(Case(shape, experts, packed, tokens, rows_each), dtype, plain, rounds)
+                        time.sleep(pause)
+                    if tune and not isinstance(loaded, str):
+                        names = dtype, str(rows_dtype).removeprefix("torch.")
+                        key = limits.shape_key(*names, shape.model_width, shape.ffn_width, loaded.level)
+                        found[key] = best_limit(shape, experts, rows_dtype, rounds)
+    console.print(table_of(rows))
+    if found:
+        console.print(f"limits of rows, from the next start on: {limits.save_limits(found)}")
+    arguments = {"rounds": rounds, "budget": budget, "dtypes": dtypes, "shapes": shapes, "pause": pause}
+    level = loaded if isinstance(loaded, str) else extension.LEVELS[loaded.level]
+    versions = {"transformers": importlib.metadata.version("transformers")}
+    threads = torch.get_num_threads()
+    write_results(results, versions, arguments, [asdict(row) for row in rows], fused=level, threads=threads)
+
+
+if __name__ == "__main__":
+    app()
