@@ -12,12 +12,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from torch import distributed as dist
 
@@ -27,8 +25,8 @@ from fairseq_moe_opt.cli.flags import taking
 from fairseq_moe_opt.cli.journal import journaled_output, read_journal
 from fairseq_moe_opt.cli.text_files import STANDARD, check_destination, open_lines
 from fairseq_moe_opt.cli.translating import Output, Part, Translation, translate_file
-from fairseq_moe_opt.errors import InputError, ParallelError
-from fairseq_moe_opt.parallel import ProcessGroupRanks, agree, follow_first
+from fairseq_moe_opt.errors import InputError
+from fairseq_moe_opt.parallel import ProcessGroupRanks, agree, follow_first, join_world, one_message, own_device
 from fairseq_moe_opt.placement import read_placement
 from hf_integration.expert_parallel import ExpertParallel
 from hf_integration.loading import local_folder
@@ -59,36 +57,9 @@ def translate(
         raise InputError("ranks read the text and write the translation as files: give FILE and -o OUT")
     device = own_device(job.device)
     ranks = join_world(device, timeout)
-    with _one_message(), ranks.watched():
+    with one_message(typer.Exit(commands.BAD_INPUT)), ranks.watched():
         _translate(replace(job, device=str(device)), job.destination, ranks, placement, resume)
     dist.destroy_process_group()
-
-
-def own_device(name: str | None) -> torch.device:
-    """The device asked for, else this rank's GPU where there are GPUs, else the CPU."""
-    if name is None and torch.cuda.is_available():
-        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    return torch.device(name or "cpu")
-
-
-def join_world(device: torch.device, timeout: float) -> ProcessGroupRanks:
-    """The ranks that the launcher has started, or this one alone where there was none; ``timeout`` in seconds.
-
-    Raises ParallelError when a launcher announces more processes than it starts, as accelerate does for ``MULTI_CPU``.
-    """
-    if "WORLD_SIZE" not in os.environ and "MASTER_ADDR" in os.environ:
-        raise ParallelError(
-            "the launcher was told to start several processes, but has started one that knows of no other: accelerate "
-            "does so with distributed_type MULTI_CPU; use MULTI_GPU with use_cpu: true, as configs/accelerate/cpu2.yaml"
-        )
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    backend, patience = "nccl" if device.type == "cuda" else "gloo", timedelta(seconds=timeout)
-    if "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=patience)
-    else:
-        dist.init_process_group(backend, "tcp://127.0.0.1:0", timeout=patience, rank=0, world_size=1)
-    return ProcessGroupRanks(device=device, timeout=timeout)
 
 
 def _translate(
@@ -128,26 +99,6 @@ def _no_output(destination: Path, kept: int) -> Iterator[Output]:
 
 def _say_nothing(_: str) -> None:
     pass
-
-
-@contextmanager
-def _one_message() -> Iterator[None]:
-    """Of ranks that fail, let the first one say why; the others stop without a word."""
-    try:
-        yield
-    except Exception:
-        if not _fails_first():
-            raise typer.Exit(commands.BAD_INPUT) from None
-        raise
-
-
-def _fails_first() -> bool:
-    """Whether no other rank has said so before; True as well where that cannot be found out."""
-    group = dist.group.WORLD
-    try:
-        return group is None or int(group.get_group_store().add("launch/failed", 1)) == 1
-    except RuntimeError:
-        return True
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch
 from fairseq_moe_opt.cli import main
 from fairseq_moe_opt.cli.journal import journal_path, journaled_output, read_journal
 from fairseq_moe_opt.errors import InputError, ParallelError
-from hf_integration.launch import join_world
+from fairseq_moe_opt.parallel import join_world
 
 pytestmark = pytest.mark.dist
 
