@@ -8,6 +8,7 @@ them run fairseq's own command: see ``_dealing`` for who computes what.
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import os
 import sys
@@ -101,7 +102,8 @@ def _as_rank(main: Callable[..., Any], cfg: Any, job: Job, meet: Meet) -> Any:
     device = torch.device("cuda", job.place) if job.on_gpu else torch.device("cpu")
     ranks = meet(device)
     with ExitStack() as contexts:
-        contexts.enter_context(one_message(SystemExit(1)))
+        if job.way != "joined":
+            contexts.enter_context(one_message(SystemExit(1)))
         contexts.enter_context(ranks.watched())
         agree(ranks, job.facts(cfg))
         is_first = ranks.rank == 0
@@ -116,6 +118,7 @@ def _as_rank(main: Callable[..., Any], cfg: Any, job: Job, meet: Meet) -> Any:
         with suppress(AllDealtError):
             result = main(cfg)
         sharing.turns.finish()
+    gc.collect()  # a data loader that was not read to its end has processes and semaphores
     if job.way != "joined":
         dist.destroy_process_group()
     return result

@@ -20,6 +20,7 @@ from fairseq_moe_opt.parallel import ProcessGroupRanks, join
 
 _HOST = "127.0.0.1"
 _POLL_SECONDS = 0.05
+_START_SECONDS, _LAST_WORDS_SECONDS = 600.0, 10.0
 
 Body = Callable[[Any, int, "Callable[[torch.device], ProcessGroupRanks]"], None]
 """What another process does, given what it was told, its rank, and how to meet the others."""
@@ -40,8 +41,8 @@ class Meeting:
 def other_processes(body: Body, told: Any, size: int, timeout: float) -> Iterator[Meeting]:
     """Processes for the ranks from 1 on, each doing ``body``; rank 0 is the caller, who joins the meeting.
 
-    At the end they are waited for; after an error here they are killed. Raises ParallelError when one ends before it
-    has begun.
+    At the end they are waited for; after an error here they are killed, if they do not end soon. Raises ParallelError
+    when one ends before it has begun.
     """
     patience = timedelta(seconds=timeout)
     store = TCPStore(_HOST, 0, size, is_master=True, wait_for_workers=False, timeout=patience)
@@ -53,19 +54,28 @@ def other_processes(body: Body, told: Any, size: int, timeout: float) -> Iterato
     try:
         for process in processes:
             process.start()
-        _wait_for_all(processes, store, timeout)
+        _wait_for_all(processes, store)
         yield Meeting(store, size, timeout)
-        for process in processes:
-            process.join(timeout)
+        _wait_for_end(processes, timeout)
+    except (Exception, SystemExit):
+        # They fail too, and one of them may be the one that says why.
+        _wait_for_end(processes, min(_LAST_WORDS_SECONDS, timeout))
+        raise
     finally:
         for process in processes:
             if process.is_alive():
                 process.kill()
 
 
-def _wait_for_all(processes: Sequence[BaseProcess], store: Store, timeout: float) -> None:
-    """Until all processes have found the store, which takes seconds: they import everything anew."""
+def _wait_for_end(processes: Sequence[BaseProcess], timeout: float) -> None:
     deadline = time.monotonic() + timeout
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+
+
+def _wait_for_all(processes: Sequence[BaseProcess], store: Store) -> None:
+    """Until all processes have found the store, which takes seconds: they import everything anew."""
+    deadline = time.monotonic() + _START_SECONDS
     for rank, process in enumerate(processes, 1):
         while not store.check([_arrival(rank)]):
             if process.exitcode is not None or time.monotonic() > deadline:
