@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +77,6 @@ def printed(folder: Path, name: str) -> str:
     return (folder / name / "generate-test.txt").read_text(encoding="utf-8")
 
 
-@cache
 def alone(words: tuple[str, ...], folder: Path) -> str:
     """What one process prints."""
     generate_all({"alone": list(words)}, folder, 1)
@@ -103,24 +101,31 @@ def check_same(found: str, expected: str) -> None:
             assert one == two
 
 
+BUFFERED = ("--moe-expert-memory", "40%")
+
+
 @pytest.mark.parametrize("size", [2, 3])
 def test_generate_prints_what_one_process_prints(size: int, tmp_path: Path) -> None:
-    uneven = [NUM_EXPERTS - 2 * (size - 1), *[2] * (size - 1)]
-    buffered = ["--moe-expert-memory", "40%"]
-    cases: dict[str, tuple[list[str], list[str]]] = {
-        "greedy": (arguments(), []),
-        "beam, buffered": (arguments(beam=3), buffered),
-        "a placement, top-1": (arguments("C_top1"), ["--moe-placement", placed(tmp_path, uneven)]),
-        "conditional, best of two": ([*arguments("D_cmr", beam=2), "--nbest", "2"], []),
-        "fewer batches than ranks": (arguments(batch_size=NUM_SENTENCES // (size - 1)), []),
-        "the same batches": (arguments(beam=2), ["--moe-generation"]),
-        "the same batches, buffered": (arguments(beam=2), ["--moe-generation", *buffered]),
-        "of the reference": ([*arguments(), "--score-reference"], []),
+    placement = placed(tmp_path, [NUM_EXPERTS - 2 * (size - 1), *[2] * (size - 1)])
+    on_two = {
+        "beam, buffered": (arguments(beam=3), BUFFERED),
+        "a placement, top-1": (arguments("C_top1"), ("--moe-placement", placement)),
+        "the same batches, buffered": (arguments(beam=2), ("--moe-generation", *BUFFERED)),
     }
+    on_three = {
+        "a placement, conditional, best of two": (
+            [*arguments("D_cmr", beam=2), "--nbest", "2"],
+            ("--moe-placement", placement),
+        ),
+        "fewer batches than ranks": (arguments(batch_size=NUM_SENTENCES // 2), BUFFERED),
+        "the same batches": (arguments(beam=2), ("--moe-generation",)),
+        "of the reference": ([*arguments(), "--score-reference"], ()),
+    }
+    cases = {"greedy": (arguments(), ()), **(on_two if size == 2 else on_three)}
     words = {name: [*plain, *more] for name, (plain, more) in cases.items()}
     values_of(start_ranks(size, generate_all, words, tmp_path, size, **PATIENCE))
     for name, (plain, _) in cases.items():
-        check_same(printed(tmp_path, name), alone(tuple(plain), tmp_path / f"{len(plain)}"))
+        check_same(printed(tmp_path, name), alone(tuple(plain), tmp_path / f"{name}, alone"))
 
 
 def score_all(cases: dict[str, list[str]], size: int) -> dict[str, tuple[float | None, list[str]]]:
