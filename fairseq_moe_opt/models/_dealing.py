@@ -2,7 +2,8 @@
 
 Rank r computes batches r, W + r, 2 W + r ... of fairseq's order. Rank 0 runs fairseq's command over all of them, and
 where a batch is another rank's, takes its result from the mail: so what is printed, counted and scored is fairseq's own
-doing, in the order of one process. The others run the command over their batches alone, and print nothing.
+doing, in the order of one process. The others run the command over their batches alone, and print nothing. They read
+the other batches too, because a batch may hold the end of the one before it (``fairseq-eval-lm --context-window``).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
+from itertools import islice
 from typing import Any
 
 from fairseq import tasks
@@ -35,6 +37,10 @@ class Deal:
     def __init__(self, ranks: Collectives, turns: Turns, mail: Mail) -> None:
         self._ranks, self._turns, self._mail = ranks, turns, mail
         self._asked = 0
+
+    def own(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """Those of all ``batches`` that are this rank's."""
+        return islice(batches, self._ranks.rank, None, self._ranks.size)
 
     def __call__(self, sample: Any, compute: Callable[[], Any]) -> Any:
         """The result of the batch ``sample``: what ``compute`` gives, here or on the rank whose batch it is."""
@@ -66,7 +72,9 @@ def dealt(deal: Deal, is_first: bool) -> Iterator[None]:
         changes.enter_context(replaced(tasks, "setup_task", partial(_setup_task, deal)))
         changes.enter_context(replaced(SequenceScorer, "generate", partial(_score, deal)))
         if not is_first:
-            changes.enter_context(replaced(progress_bar, "progress_bar", lambda stock: lambda itr, **_: _Share(itr)))
+            changes.enter_context(
+                replaced(progress_bar, "progress_bar", lambda _: lambda itr, **_: _Share(deal.own(itr)))
+            )
         yield
 
 
@@ -116,7 +124,7 @@ def _undealt(dealt: Callable[..., Any]) -> Callable[..., Any]:
 class _Share:
     """A rank's batches, as fairseq's progress bar would hand them on."""
 
-    def __init__(self, batches: Iterable[Any]) -> None:
+    def __init__(self, batches: Iterator[Any]) -> None:
         self._batches = batches
 
     def __iter__(self) -> Iterator[Any]:

@@ -107,7 +107,7 @@ def _as_rank(main: Callable[..., Any], cfg: Any, job: Job, meet: Meet) -> Any:
         contexts.enter_context(ranks.watched())
         agree(ranks, job.facts(cfg))
         is_first = ranks.rank == 0
-        _adapt(cfg, job, ranks, device)
+        _adapt(cfg, is_first, device)
         placement = None if job.placement is None else read_placement(job.placement, num_ranks=ranks.size)
         sharing = contexts.enter_context(sharing_experts(ExpertSharing(ranks, device, placement, job.same_batch)))
         if not is_first:
@@ -131,13 +131,12 @@ def _store() -> Store:
     return world.get_group_store()
 
 
-def _adapt(cfg: Any, job: Job, ranks: ProcessGroupRanks, device: torch.device) -> None:
-    """Make ``cfg`` this rank's: its part of the batches, and nothing to be written but by rank 0."""
+def _adapt(cfg: Any, is_first: bool, device: torch.device) -> None:
+    """Make ``cfg`` this rank's: all batches, which are not for fairseq to deal out, and a voice for rank 0 alone."""
     section = cfg.distributed_training
     section.device_id = device.index or 0
-    has_all = job.same_batch or ranks.rank == 0
-    section.distributed_world_size, section.distributed_rank = (1, 0) if has_all else (ranks.size, ranks.rank)
-    if ranks.rank > 0:
+    section.distributed_world_size, section.distributed_rank = 1, 0
+    if not is_first:
         cfg.common_eval.results_path, cfg.common_eval.quiet = None, True
         cfg.common.log_format = "none"
 
