@@ -121,6 +121,10 @@ def _undealt(dealt: Callable[..., Any]) -> Callable[..., Any]:
     return dealt.__wrapped__  # type: ignore[attr-defined, no-any-return]
 
 
+def _share(deal: Deal, batches: Iterable[Any], **_: Any) -> _Share:
+    return _Share(deal.own(batches))
+
+
 class _Share:
     """A rank's batches, as fairseq's progress bar would hand them on."""
 
