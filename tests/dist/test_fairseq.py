@@ -35,8 +35,8 @@ DATA = FAIRSEQ_GOLDENS / "data"
 NUM_EXPERTS, NUM_SENTENCES = 8, 48
 LAYERS = tuple(f"{side}.layers.{number}.moe_layer" for side in ("encoder", "decoder") for number in (1, 3))
 FINGERPRINT = Trace(tuple(TraceLayer(name, name.split(".")[0], NUM_EXPERTS) for name in LAYERS), ()).fingerprint
-PATIENCE = {"timeout": 120.0, "deadline": 240.0}
-TIMEOUT, DEADLINE = 15.0, 200.0
+PATIENCE = {"timeout": 120.0, "deadline": 600.0}
+TIMEOUT, DEADLINE = 15.0, 400.0
 
 
 def arguments(model: str = "A_top2_eom", beam: int = 1, batch_size: int = 7) -> list[str]:
