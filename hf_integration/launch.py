@@ -29,14 +29,22 @@ from fairseq_moe_opt.cli.journal import journaled_output, read_journal
 from fairseq_moe_opt.cli.text_files import STANDARD, check_destination, decoded, open_lines
 from fairseq_moe_opt.cli.translating import Output, Part, Translation, translate_file
 from fairseq_moe_opt.errors import InputError
-from fairseq_moe_opt.parallel import ALL_REDUCE, ALL_TO_ALL, ProcessGroupRanks, agree, follow_first
+from fairseq_moe_opt.parallel import (
+    ALL_REDUCE,
+    ALL_TO_ALL,
+    ProcessGroupRanks,
+    agree,
+    follow_first,
+    one_message,
+    own_device,
+)
 from fairseq_moe_opt.placement import read_placement
 from hf_integration import rank_bench, rank_bench_output
 from hf_integration.expert_parallel import ExpertParallel
 from hf_integration.loading import local_folder, read_config
 from hf_integration.text import check_languages, is_blank, source_limit
 from hf_integration.translate import WINDOW_BATCHES, choose_dtype, encode_texts, load_tokenizer, quiet_host
-from hf_integration.world import join_world, own_device
+from hf_integration.world import join_world
 
 app = typer.Typer(name="python -m hf_integration.launch", add_completion=False, pretty_exceptions_enable=False)
 
@@ -79,7 +87,7 @@ def translate(
         raise InputError("ranks read the text and write the translation as files: give FILE and -o OUT")
     device = own_device(job.device)
     ranks = join_world(device, timeout)
-    with _one_message(), ranks.watched():
+    with one_message(typer.Exit(commands.BAD_INPUT)), ranks.watched():
         parallel = _parallel(ranks, placement, exchange)
         _translate(replace(job, device=str(device)), job.destination, ranks, parallel, resume)
     dist.destroy_process_group()
@@ -109,7 +117,7 @@ def bench(
             raise InputError(f"--moe-{name} has no effect here: give it to translate")
     device = own_device(job.device)
     ranks = join_world(device, timeout)
-    with _one_message(), ranks.watched():
+    with one_message(typer.Exit(commands.BAD_INPUT)), ranks.watched():
         found = None if placement is None else read_placement(placement, num_ranks=ranks.size)
         placements = (None,) if found is None else (None, found)
         ways = [rank_bench.Way(one.value, where) for where in placements for one in exchange or Exchange]
@@ -190,26 +198,6 @@ def _no_output(destination: Path, kept: int) -> Iterator[Output]:
 
 def _say_nothing(_: str) -> None:
     pass
-
-
-@contextmanager
-def _one_message() -> Iterator[None]:
-    """Of ranks that fail, let the first one say why; the others stop without a word."""
-    try:
-        yield
-    except Exception:
-        if not _fails_first():
-            raise typer.Exit(commands.BAD_INPUT) from None
-        raise
-
-
-def _fails_first() -> bool:
-    """Whether no other rank has said so before; True as well where that cannot be found out."""
-    group = dist.group.WORLD
-    try:
-        return group is None or int(group.get_group_store().add("launch/failed", 1)) == 1
-    except RuntimeError:
-        return True
 
 
 if __name__ == "__main__":

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-from torch import distributed as dist
 
 from fairseq_moe_opt.errors import ParallelError
-from fairseq_moe_opt.parallel import ProcessGroupRanks
+from fairseq_moe_opt.parallel import ProcessGroupRanks, join
 
 _BY_ACCELERATE = "ACCELERATE_MIXED_PRECISION"
 """What ``accelerate launch`` always leaves in the environment."""
@@ -25,13 +23,6 @@ _LAUNCH_COMMANDS = frozenset({"accelerate", "accelerate-launch", "accelerate.com
 
 _COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 """Where launchers say how many processes there are: torchrun and accelerate, then two kinds of ``mpirun``."""
-
-
-def own_device(name: str | None) -> torch.device:
-    """The device asked for, else this rank's GPU where there are GPUs, else the CPU."""
-    if name is None and torch.cuda.is_available():
-        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    return torch.device(name or "cpu")
 
 
 def join_world(device: torch.device, timeout: float) -> ProcessGroupRanks:
@@ -44,15 +35,12 @@ def join_world(device: torch.device, timeout: float) -> ProcessGroupRanks:
             "the launcher was told to start several processes, but has started one that knows of no other: accelerate "
             "does so with distributed_type MULTI_CPU; use MULTI_GPU with use_cpu: true, as configs/accelerate/cpu2.yaml"
         )
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    backend, patience = "nccl" if device.type == "cuda" else "gloo", timedelta(seconds=timeout)
     if "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=patience)
+        ranks = join(device, timeout)
     else:
-        dist.init_process_group(backend, "tcp://127.0.0.1:0", timeout=patience, rank=0, world_size=1)
-    check_world(announced_processes(os.environ, _starter()), dist.get_world_size())
-    return ProcessGroupRanks(device=device, timeout=timeout)
+        ranks = join(device, timeout, "tcp://127.0.0.1:0", rank=0, size=1)
+    check_world(announced_processes(os.environ, _starter()), ranks.size)
+    return ranks
 
 
 def announced_processes(environment: Mapping[str, str], starter: Sequence[str]) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -13,13 +13,15 @@ from torch.nn import functional
 from fairseq_moe_opt.buffering import BufferedExperts
 from fairseq_moe_opt.build import LayerSpec, build_layer, connect_routers, needs_packed_experts
 from fairseq_moe_opt.errors import MoEError, OptionError
-from fairseq_moe_opt.models._file_experts import FileExperts, MetaExperts, refuse_state_dict
+from fairseq_moe_opt.models._file_experts import FileExperts, MetaExperts, RefuseStateDict
 from fairseq_moe_opt.models._losses import note_cmr_gate, note_gate_loss, wants_gate_losses
+from fairseq_moe_opt.models._sharing import AgreedKernel
 from fairseq_moe_opt.moe import CapacityRule, GShardTop2Router, MoELayer, Top1Router
 from fairseq_moe_opt.moe.module_experts import ModuleExperts, PackedModuleExperts
-from fairseq_moe_opt.moe.protocols import RoutingObserver, StepWatch
+from fairseq_moe_opt.moe.protocols import RoutingObserver, StepWatch, TokenExchange
 from fairseq_moe_opt.moe.report import Watch
 from fairseq_moe_opt.options import MoEOptions
+from fairseq_moe_opt.parallel import ExpertSpread
 
 
 @dataclass(frozen=True)
@@ -69,16 +71,20 @@ class MoEBlock(nn.Module):
 
     The engine's layer is made at the first forward, when device and dtype are known, and again when they change in a
     way that matters to it. With options that buffer experts they have no memory here, and are computed from the files
-    that ``keep_in`` tells of.
+    that ``keep_in`` tells of. Where they are ``apart``, on several ranks, ``spread_over`` tells which are here.
     """
 
-    def __init__(self, spec: BlockSpec, options: MoEOptions) -> None:
+    def __init__(self, spec: BlockSpec, options: MoEOptions, apart: bool = False) -> None:
         super().__init__()
         self.spec, self.options = spec, options
         self.gate = Gate(spec.width, self.num_experts)
-        self.experts = MetaExperts(self._build_experts) if options.buffered else nn.ModuleList(self._build_experts())
-        if options.buffered:
-            self.register_state_dict_pre_hook(refuse_state_dict)
+        in_memory = not (options.buffered or apart)
+        self.experts = nn.ModuleList(self._build_experts()) if in_memory else MetaExperts(self._build_experts)
+        if options.buffered and not apart:
+            self.register_state_dict_pre_hook(RefuseStateDict("buffered", "with moe_expert_memory='all'"))
+        self.held: Sequence[int] = range(self.num_experts)
+        self._exchange: TokenExchange | None = None
+        self._kernel: AgreedKernel | None = None
         self._observers: tuple[RoutingObserver, ...] = ()
         self._watch: StepWatch | None = None
         self._engine: MoELayer | None = None
@@ -98,17 +104,35 @@ class MoEBlock(nn.Module):
         if self.options.buffered:
             return self._engine_over_files(weight.device, weight.dtype)
         # Packing makes parameters views of one tensor, which an optimizer must never see.
-        packed = not self.training and needs_packed_experts(self.options, weight.device, weight.dtype)
+        options = self.options
+        if self._kernel is not None:
+            options = self._kernel.settled(options, weight.device, weight.dtype)
+        packed = not self.training and needs_packed_experts(options, weight.device, weight.dtype)
         if self._engine is None or packed != isinstance(self._store, PackedModuleExperts):
-            self._engine = self._build(packed)
+            self._engine = self._build(options, packed)
         return self._engine
 
     @property
     def expert_bytes(self) -> int:
-        """Bytes of all experts, at the dtype in which they are computed."""
+        """Bytes of all experts, or of this rank's, at the dtype in which they are computed."""
         if self.options.buffered:
             return cast(BufferedExperts, self.engine.store).nbytes
-        return sum(parameter.numel() * parameter.element_size() for parameter in self.experts.parameters())
+        own = (parameter for parameter in self.experts.parameters() if not parameter.is_meta)
+        return sum(parameter.numel() * parameter.element_size() for parameter in own)
+
+    def spread_over(self, spread: ExpertSpread, kernel: AgreedKernel) -> None:
+        """Hold only this rank's experts, for all ranks of ``spread``; ``kernel`` is agreed by them."""
+        name = self.spec.layer.name
+        self.held, self._exchange, self._kernel = spread.held(name), spread.exchange(name), kernel
+        state = f"spread over {spread.ranks.size} ranks"
+        self.register_state_dict_pre_hook(RefuseStateDict(state, "in one process"))
+        if not self.options.buffered:
+            cast(MetaExperts, self.experts).give_memory(self.held)
+        self._engine = None
+
+    def take_part(self) -> None:
+        """Compute what other ranks send, with no token of this one."""
+        self.engine(self.gate.wg.weight.new_empty(0, self.spec.width))
 
     def keep_in(self, files: FileExperts) -> None:
         """Compute from experts in ``files`` from now on."""
@@ -173,7 +197,7 @@ class MoEBlock(nn.Module):
         Device and dtype are what they are going to be, so a budget that is too small is noticed before any data.
         """
         self._in_generation = True
-        if self.options.buffered:
+        if self.options.buffered or self._kernel is not None:
             self._engine = self.engine
 
     @property
@@ -201,7 +225,7 @@ class MoEBlock(nn.Module):
             buffer = self._files.buffer(device, dtype)
             if self._engine is None or self._store is not buffer.stores[name]:
                 self._store = buffer.stores[name]
-                self._engine = self._over(self._store)
+                self._engine = self._layer(self.options, self._store)
                 connect_routers([self._engine], [self._quiet_gate], buffer)
             return self._engine
 
@@ -209,16 +233,17 @@ class MoEBlock(nn.Module):
         """The gate's logits without its hooks, for a guess that no one else is to see."""
         return functional.linear(tokens, self.gate.wg.weight)
 
-    def _build(self, packed: bool) -> MoELayer:
+    def _build(self, options: MoEOptions, packed: bool) -> MoELayer:
         if isinstance(self._store, PackedModuleExperts):
             self._store.unpack()
-        experts = [cast(Expert, expert) for expert in self.experts]
+        experts = [cast(Expert, self.experts[expert]) for expert in self.held]
         pairs = [(expert.fc1, expert.fc2) for expert in experts]
         self._store = PackedModuleExperts(pairs) if packed else ModuleExperts(pairs)
-        return self._over(self._store)
+        return self._layer(options, self._store)
 
-    def _over(self, store: ModuleExperts | BufferedExperts) -> MoELayer:
-        layer = build_layer(self.spec.layer, self.options, self.gate, store, self._observers)
+    def _layer(self, options: MoEOptions, store: ModuleExperts | BufferedExperts) -> MoELayer:
+        spec, observers = self.spec.layer, self._observers
+        layer = build_layer(spec, options, self.gate, store, observers, exchange=self._exchange)
         layer.watch(self._watch)
         return layer
 

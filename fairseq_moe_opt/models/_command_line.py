@@ -10,12 +10,14 @@ from __future__ import annotations
 import ast
 import functools
 import logging
+import os
 import sys
 from argparse import SUPPRESS, ArgumentParser, Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import TracebackType
 from typing import Any
 
+import torch
 from fairseq import options
 
 from fairseq_moe_opt.errors import MoEError, OptionError
@@ -27,6 +29,7 @@ from fairseq_moe_opt.models._arguments import (
     expand_preset,
     options_from,
 )
+from fairseq_moe_opt.models._job import JOB_ARGUMENTS, PLACEMENT, SAME_BATCH, TIMEOUT, launched_size
 from fairseq_moe_opt.options import field_help
 from fairseq_moe_opt.presets import PRESET_HELP
 from fairseq_moe_opt.sizes import ALL
@@ -52,15 +55,16 @@ def patch_command_lines() -> None:
 def _wrap(stock: Callable[..., Any]) -> Callable[..., Any]:
     def parse_args_and_arch(parser: ArgumentParser, *args: Any, **kwargs: Any) -> Any:
         """fairseq's function on a parser that has the runtime's flags too."""
-        loads = "--model-overrides" in parser._option_string_actions
-        _add_flags(parser, loads)
+        flags = parser._option_string_actions
+        loads, parts = "--model-overrides" in flags, _works_in_parts(flags)
+        _add_flags(parser, loads, parts)
         _show_errors_in_one_line()
         result = stock(parser, *args, **kwargs)
         parsed = result[0] if isinstance(result, tuple) else result
         _allow_bf16_on_cpu(parsed)
         try:
             if loads:
-                _settle(parsed)
+                _settle(parsed, parts)
             else:
                 _settle_training(parsed)
         except OptionError as error:
@@ -70,8 +74,13 @@ def _wrap(stock: Callable[..., Any]) -> Callable[..., Any]:
     return parse_args_and_arch
 
 
-def _add_flags(parser: ArgumentParser, loads: bool) -> None:
-    """The flags; those that only make sense for a checkpoint's evaluation where ``loads``."""
+def _works_in_parts(flags: Collection[str]) -> bool:
+    """Whether a command with these flags is fairseq-generate or fairseq-eval-lm, which several processes may share."""
+    return "--context-window" in flags or ("--beam" in flags and "--buffer-size" not in flags)
+
+
+def _add_flags(parser: ArgumentParser, loads: bool, parts: bool) -> None:
+    """The flags; some only make sense where a checkpoint ``loads``, or where several processes take ``parts``."""
     if "--moe-gating" in parser._option_string_actions:
         return
     if parser.get_default("task") is None:
@@ -89,8 +98,18 @@ def _add_flags(parser: ArgumentParser, loads: bool) -> None:
         group.add_argument("--moe-eval-capacity-token-fraction", type=float, default=None, help=SUPPRESS)
         group.add_argument("--moe-eval-capacity-max-seqlen", action="store_true", default=None, help=SUPPRESS)
         group.add_argument("--replication-count", type=int, default=None, help="copies of each expert in rank files")
-        group.add_argument("--is-moe", action="store_true", help="accepted for the branches' command lines")
-        group.add_argument("--moe-generation", action="store_true", help="accepted for the branches' command lines")
+        group.add_argument("--is-moe", action="store_true", help="as in the branches' command lines")
+        group.add_argument("--moe-generation", action="store_true", default=None, help=JOB_ARGUMENTS[SAME_BATCH])
+    if parts:
+        group.add_argument("--moe-placement", metavar="FILE", default=None, help=JOB_ARGUMENTS[PLACEMENT])
+        group.add_argument("--moe-timeout", type=_seconds, metavar="SECONDS", default=None, help=JOB_ARGUMENTS[TIMEOUT])
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if value < 1:
+        raise ValueError
+    return value
 
 
 def _allow_bf16_on_cpu(args: Namespace) -> None:
@@ -105,9 +124,11 @@ def _check(values: Mapping[str, Any]) -> None:
     options_from({option: value for option, value in given.items() if value is not None})
 
 
-def _settle(args: Namespace) -> None:
-    """Move the flags into the overrides, and make a command line of several processes one of this process."""
-    names = (PRESET_ARGUMENT, *RUNTIME_ARGUMENTS, *CAPACITY_ARGUMENTS, "replication_count")
+def _settle(args: Namespace, parts: bool) -> None:
+    """Move the flags into the overrides, and see to a number of processes that was that of another machine."""
+    if parts and getattr(args, "is_moe", False) and not hasattr(args, "context_window"):
+        args.moe_generation = True  # the branches' fairseq-generate
+    names = (PRESET_ARGUMENT, *RUNTIME_ARGUMENTS, *CAPACITY_ARGUMENTS, *JOB_ARGUMENTS, "replication_count")
     given = {name: vars(args).pop(name) for name in names if name in vars(args)}
     given = {name: value for name, value in given.items() if value is not None}
     written = _overrides(args)
@@ -117,12 +138,20 @@ def _settle(args: Namespace) -> None:
         args.model_overrides = repr(overrides)
     if not getattr(args, "is_moe", False):
         return
-    if getattr(args, "distributed_world_size", 1) > 1:
-        _logger.info("one process does the work of %d: experts of all rank files are here", args.distributed_world_size)
-        args.distributed_world_size, args.distributed_port = 1, -1
+    asked, places = getattr(args, "distributed_world_size", 1), _places(args) if parts else 1
+    if launched_size() is None and asked > places:
+        _logger.info("%d process(es) do the work of %d: that is what this machine has room for", places, asked)
+        args.distributed_world_size, args.distributed_port = places, -1
     if hasattr(args, "pad_to_fixed_length") and hasattr(args, "context_window"):
         # The branches' eval_lm does so; under a capacity that binds it decides what is dropped.
         args.pad_to_fixed_length = True
+
+
+def _places(args: Namespace) -> int:
+    """How many processes this machine is made for: one a GPU, or one a core where the work is on the CPU."""
+    if torch.cuda.is_available() and not getattr(args, "cpu", False):
+        return torch.cuda.device_count()
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _settle_training(args: Namespace) -> None:

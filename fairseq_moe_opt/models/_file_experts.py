@@ -1,4 +1,4 @@
-"""Experts that stay in the checkpoint's files: modules without memory, and the buffer that the layers compute from."""
+"""Experts that are not in memory: modules that hold nothing, and the buffer over the checkpoint's files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fairseq_moe_opt.options import MoEOptions
 
 
 class MetaExperts(nn.ModuleList):
-    """Experts whose parameters have names and shapes, and hold nothing."""
+    """Experts whose parameters have names and shapes, and hold nothing, but for those that were given memory."""
 
     def __init__(self, build: Callable[[], Iterable[nn.Module]]) -> None:
         # On the meta device there is nothing to initialise either, which takes minutes for a model of 50 billion.
@@ -26,8 +26,16 @@ class MetaExperts(nn.ModuleList):
         self.requires_grad_(False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """``half``, ``cuda`` and the like: slots follow the gate's device and dtype, and here is nothing to move."""
+        """``half``, ``cuda`` and the like, for experts that have memory; slots follow the gate's device and dtype."""
+        for expert in self:
+            if not next(expert.parameters()).is_meta:
+                expert._apply(fn)
         return self
+
+    def give_memory(self, experts: Iterable[int]) -> None:
+        """Let these ``experts`` hold something: it is not initialised, and is to be read from a checkpoint."""
+        for expert in experts:
+            self[expert].to_empty(device="cpu")
 
 
 class FileExperts:
@@ -69,18 +77,24 @@ class FileExperts:
         raise MoEError("a model with buffered experts cannot be pickled: its experts are not in it; load it again")
 
 
-def locate(name: str, phase: str, num_experts: int, tensors: LazyStateDict) -> ExpertLayer:
-    """Where the experts of the layer ``name`` lie; CheckpointError when one of them is not there."""
-    experts = tuple(_records(f"{name}.experts.{expert}", tensors) for expert in range(num_experts))
+def locate(name: str, phase: str, held: Iterable[int], tensors: LazyStateDict) -> ExpertLayer:
+    """Where the experts ``held`` of the layer ``name`` lie; CheckpointError when one of them is not there."""
+    experts = tuple(_records(f"{name}.experts.{expert}", tensors) for expert in held)
     return ExpertLayer(name, phase, experts)
 
 
-def refuse_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:
-    """A hook for modules whose state dict would lack its experts."""
-    raise MoEError(
-        "the experts of this model are buffered, so it has no complete state dict to save: copy the checkpoint it was "
-        "loaded from, or load it with moe_expert_memory='all'"
-    )
+class RefuseStateDict:
+    """A hook for modules whose state dict would lack experts: they are ``state``, and would be there ``otherwise``."""
+
+    def __init__(self, state: str, otherwise: str) -> None:
+        self._state, self._otherwise = state, otherwise
+
+    def __call__(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
+        """Raise MoEError."""
+        raise MoEError(
+            f"the experts of this model are {self._state}, so it has no complete state dict to save: copy the "
+            f"checkpoint it was loaded from, or load it {self._otherwise}"
+        )
 
 
 def _records(prefix: str, tensors: LazyStateDict) -> ExpertRecords:

@@ -22,6 +22,7 @@ from fairseq_moe_opt.models._layers import (
     WideEncoderLayer,
 )
 from fairseq_moe_opt.models._recomputing import recompute
+from fairseq_moe_opt.models._sharing import current_sharing
 from fairseq_moe_opt.moe import CapacityRule, ExpertDropout, GShardTop2Router, Top1Router
 from fairseq_moe_opt.options import MoEOptions
 
@@ -37,11 +38,13 @@ class SparsePlan:
         arguments: what the checkpoint says.
         options: how the runtime is asked to run.
         batch_sizes: sentences that a batch is padded to in training and in validation; 0 for none.
+        apart: whether the experts are going to be on several ranks.
     """
 
     arguments: MoEArguments
     options: MoEOptions
     batch_sizes: tuple[int, int] = (0, 0)
+    apart: bool = False
 
     @classmethod
     def of(cls, cfg: Any) -> SparsePlan | None:
@@ -49,7 +52,10 @@ class SparsePlan:
         arguments = read_arguments(cfg)
         if not arguments.any_sparse:
             return None
-        plan = cls(arguments, read_options(cfg), read_batch_sizes(cfg))
+        options, sharing = read_options(cfg), current_sharing()
+        if sharing is not None:
+            options = sharing.settled(options)
+        plan = cls(arguments, options, read_batch_sizes(cfg), apart=sharing is not None)
         for side in ("encoder", "decoder"):
             if arguments.frequency(side) and not arguments.alternate_width(side) and arguments.moe_expert_count < 1:
                 raise OptionError(
@@ -95,7 +101,7 @@ class SparsePlan:
         )
         length = max_positions if given.moe_eval_capacity_max_seqlen else None
         shape = BlockSpec(spec, section.embed_dim, section.ffn_embed_dim, length, *self.batch_sizes)
-        block = MoEBlock(shape, self.options)
+        block = MoEBlock(shape, self.options, self.apart)
         layer.install(
             block,
             cmr_dropout=given.cmr_gate_drop if given.moe_cmr else None,

@@ -14,11 +14,13 @@ from torch import nn
 
 from fairseq_moe_opt.checkpoints import CheckpointIndex
 from fairseq_moe_opt.checkpoints.lazy import LazyStateDict
-from fairseq_moe_opt.errors import MoEError
+from fairseq_moe_opt.errors import MoEError, OptionError
 from fairseq_moe_opt.models._arguments import IMPLIED_BY
 from fairseq_moe_opt.models._block import MoEBlock
 from fairseq_moe_opt.models._file_experts import FileExperts, locate
 from fairseq_moe_opt.models._profiling import started_profiler, weights_of
+from fairseq_moe_opt.models._sharing import AgreedKernel, ExpertSharing, current_sharing
+from fairseq_moe_opt.models._turns import Turns
 from fairseq_moe_opt.moe.report import Report, peak_memory, tokens_by_phase, write_report
 from fairseq_moe_opt.moe.trace import TraceLayer, TraceRecorder, write_trace
 from fairseq_moe_opt.options import MoEOptions
@@ -33,11 +35,13 @@ class ModelHandle:
     Attributes:
         options: how the runtime was asked to run.
         checkpoint: where each tensor of the checkpoint lies in its files; None before one is loaded by this package.
+        sharing: the ranks that the experts are spread over; None where this process has them all.
     """
 
     def __init__(self, model: nn.Module, options: MoEOptions, implied_by: str | None = None) -> None:
         self.options = options
         self.checkpoint: CheckpointIndex | None = None
+        self.sharing: ExpertSharing | None = None
         self._implied_by = implied_by
         self._model = weakref.ref(model)
         self._files: FileExperts | None = None
@@ -56,13 +60,26 @@ class ModelHandle:
         modules: Any = () if model is None else model.modules()
         return tuple(module for module in modules if isinstance(module, MoEBlock))
 
+    def spread_over(self, sharing: ExpertSharing) -> None:
+        """Leave to each of the ranks its part of the experts; every rank calls this."""
+        self.sharing, blocks = sharing, self.blocks
+        spread = sharing.spread(self._layers(), self.options)
+        kernel = AgreedKernel(sharing.ranks)
+        for block in blocks:
+            block.spread_over(spread, kernel)
+
+    def loading(self, tensors: LazyStateDict) -> None:
+        """The model's weights are about to be read from ``tensors``: from the same ones on every rank."""
+        if self.sharing is not None:
+            self.sharing.agree_on(tensors.index)
+
     def loaded(self, tensors: LazyStateDict) -> None:
         """The model's weights have come from ``tensors``; where experts are buffered, theirs are still there."""
         self.checkpoint = tensors.index
         if not self.options.buffered:
             return
-        specs = [(block.spec.layer, block.num_experts) for block in self.blocks]
-        self._files = FileExperts([locate(one.name, one.phase, count, tensors) for one, count in specs], self.options)
+        specs = [(block.spec.layer, block.held) for block in self.blocks]
+        self._files = FileExperts([locate(one.name, one.phase, held, tensors) for one, held in specs], self.options)
         for block in self.blocks:
             block.keep_in(self._files)
 
@@ -97,8 +114,10 @@ class ModelHandle:
         """Run the same weights as ``options`` say from now on; counters start anew.
 
         Raises OptionError, with nothing changed, when experts that are buffered would have to come into memory, or the
-        other way round: that is decided when a model is loaded.
+        other way round: that is decided when a model is loaded. So it is which rank holds which expert.
         """
+        if self.sharing is not None:
+            raise OptionError("moe_*", "ranks that share experts have agreed on them; load the model again")
         for block in self.blocks:
             block.run_as(options)
         if self._files is not None:
@@ -111,9 +130,12 @@ class ModelHandle:
         if (self.options.report, self.options.trace, self.options.profile_folder) != (None, None, None):
             atexit.register(self._write, self.options.report, self.options.trace, self._model())
 
-    def _record(self) -> TraceRecorder:
+    def _layers(self) -> list[TraceLayer]:
         layers = [(block.spec.layer, block.num_experts) for block in self.blocks]
-        recorder = TraceRecorder([TraceLayer(layer.name, layer.phase, count) for layer, count in layers])
+        return [TraceLayer(layer.name, layer.phase, count) for layer, count in layers]
+
+    def _record(self) -> TraceRecorder:
+        recorder = TraceRecorder(self._layers())
         for block in self.blocks:
             block.observe(recorder)
         return recorder
@@ -142,14 +164,21 @@ class ModelHandle:
         if not self.blocks:
             return
         if trace is not None and self._recorder is not None:
-            write_trace(self._recorder.trace(), trace)
+            write_trace(self._recorder.trace(), self._own(trace))
         # A model whose experts could not be buffered has nothing to report, and has said why.
         with suppress(MoEError):
             if report is not None:
-                write_report(self.report(), report)
+                write_report(self.report(), self._own(report))
             profile = self.profile()
             if self._profile_folder is not None and profile is not None and profile.inputs:
-                write_profile(profile, Path(self._profile_folder))
+                write_profile(profile, Path(self._own(str(self._profile_folder))))
+
+    def _own(self, path: str) -> str:
+        """``report.json``, or on one of several ranks ``report.rank-1.json``."""
+        if self.sharing is None:
+            return path
+        whole = Path(path)
+        return str(whole.with_name(f"{whole.stem}.rank-{self.sharing.ranks.rank}{whole.suffix}"))
 
     def __deepcopy__(self, memo: dict[int, object]) -> None:
         return None
@@ -159,9 +188,22 @@ class ModelHandle:
         return type(None), ()
 
 
+def enter_turns(model: nn.Module, turns: Turns) -> None:
+    """Let each stack of ``model`` with sparse layers wait for its turn before it runs."""
+    for stack in (getattr(model, name, None) for name in ("encoder", "decoder")):
+        layers = [module for module in stack.modules() if isinstance(module, MoEBlock)] if stack is not None else []
+        if layers:
+            stack.__dict__["take_turn"] = turns.enter(layers)
+
+
 def attach(model: Any, options: MoEOptions, implied_by: str | None) -> Any:
     """Give a freshly built ``model`` its handle and return it."""
     handle = ModelHandle(model, options, implied_by)
     model.__dict__["moe"] = handle
+    sharing = current_sharing()
+    if sharing is not None:
+        handle.spread_over(sharing)
+        if not sharing.same_batch:
+            enter_turns(model, sharing.turns)
     handle.write_at_exit()
     return model

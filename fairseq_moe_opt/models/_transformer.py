@@ -39,7 +39,17 @@ class _LayerCounter:
         return self._next - 1
 
 
-class SparseEncoder(TransformerEncoderBase):
+class _TakesTurns:
+    """A stack that other ranks' experts take part in; comes before fairseq's class among the bases."""
+
+    def _take_turn(self) -> None:
+        """Wait until all ranks are about to run this stack, or to take part in it."""
+        wait = self.__dict__.get("take_turn")
+        if wait is not None:
+            wait()
+
+
+class SparseEncoder(_TakesTurns, TransformerEncoderBase):
     """fairseq's encoder, some layers of which ``plan`` builds."""
 
     def __init__(self, plan: SparsePlan, cfg: Any, dictionary: Any, embed_tokens: nn.Module) -> None:
@@ -53,8 +63,13 @@ class SparseEncoder(TransformerEncoderBase):
         layer: nn.Module = super().build_encoder_layer(cfg) if sparse is None else sparse
         return layer
 
+    def forward_scriptable(self, *args: Any, **kwargs: Any) -> Any:
+        """fairseq's own, which runs all layers."""
+        self._take_turn()
+        return super().forward_scriptable(*args, **kwargs)
 
-class SparseDecoder(TransformerDecoderBase):
+
+class SparseDecoder(_TakesTurns, TransformerDecoderBase):
     """fairseq's decoder, some layers of which ``plan`` builds."""
 
     def __init__(
@@ -69,6 +84,11 @@ class SparseDecoder(TransformerDecoderBase):
         layer: nn.Module = super().build_decoder_layer(cfg, no_encoder_attn) if sparse is None else sparse
         return layer
 
+    def extract_features_scriptable(self, *args: Any, **kwargs: Any) -> Any:
+        """fairseq's own, which runs all layers."""
+        self._take_turn()
+        return super().extract_features_scriptable(*args, **kwargs)
+
 
 class _LoadsInPlace:
     """Loading of both kinds of model; comes before fairseq's class among the bases."""
@@ -80,6 +100,8 @@ class _LoadsInPlace:
         """
         handle = self.__dict__.get("moe")  # a copied model has none
         if not isinstance(state_dict, LazyStateDict) or _keeps_some_layers(model_cfg):
+            if handle is not None and handle.sharing is not None:
+                raise OptionError("path", "experts are spread over ranks from a sparse checkpoint's files, all layers")
             if handle is not None and handle.options.buffered:
                 raise OptionError(
                     "moe_expert_memory",
@@ -88,6 +110,8 @@ class _LoadsInPlace:
                 )
             return super().load_state_dict(state_dict, strict, model_cfg, args)  # type: ignore[misc]
         self.upgrade_state_dict(state_dict)
+        if handle is not None:
+            handle.loading(state_dict)
         result = read_in_place(cast(nn.Module, self), state_dict, strict)
         if handle is not None:
             handle.loaded(state_dict)

@@ -10,6 +10,8 @@ from fairseq_moe_opt.parallel.all_to_all import AllToAllExchange
 from fairseq_moe_opt.parallel.collectives import Collectives
 from fairseq_moe_opt.parallel.fake import FakeRanks, run_ranks
 from fairseq_moe_opt.parallel.groups import expert_group, group_ranks
+from fairseq_moe_opt.parallel.joining import join, one_message, own_device
+from fairseq_moe_opt.parallel.mail import Mail
 from fairseq_moe_opt.parallel.moving import Transfer, copy_in, nbytes_of, send_experts, settled, transfers
 from fairseq_moe_opt.parallel.padded import PaddedAllToAllExchange
 from fairseq_moe_opt.parallel.process_group import ProcessGroupRanks
@@ -26,6 +28,7 @@ __all__ = [
     "Collectives",
     "ExpertSpread",
     "FakeRanks",
+    "Mail",
     "PaddedAllToAllExchange",
     "ProcessGroupRanks",
     "SlotMap",
@@ -36,7 +39,10 @@ __all__ = [
     "expert_group",
     "follow_first",
     "group_ranks",
+    "join",
     "nbytes_of",
+    "one_message",
+    "own_device",
     "run_ranks",
     "send_experts",
     "settled",

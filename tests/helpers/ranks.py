@@ -53,8 +53,10 @@ def start_ranks(
     seconds after the first one that ended, are killed.
     """
     context = multiprocessing.get_context("forkserver")
-    # Loading torch and Transformers once, not once a process, is most of the speed of these tests.
-    context.set_forkserver_preload(["torch.distributed", "fairseq_moe_opt.parallel", "hf_integration.translate"])
+    # Loading torch, Transformers and fairseq (if it is there) once is most of the speed of these tests.
+    context.set_forkserver_preload(
+        ["torch.distributed", "fairseq_moe_opt.parallel", "hf_integration.translate", "fairseq_cli.eval_lm"]
+    )
     with tempfile.TemporaryDirectory(prefix="ranks-") as name:
         folder = Path(name)
         processes = [
