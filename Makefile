@@ -129,6 +129,7 @@ $(STAMPS)/fairseq: $(STAMPS)/dependencies
 $(STAMPS)/project: $(STAMPS)/dependencies $(STAMPS)/files $(PACKAGE_FILES)
 	rm -rf build *.egg-info
 	$(INSTALL) --no-deps --no-build-isolation --force-reinstall .
+	$(BIN)/python setup.py --quiet build_ext --inplace  # tests and benchmarks import from the tree
 	rm -rf build *.egg-info
 	touch $@
 
