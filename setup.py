@@ -24,6 +24,7 @@ PACKAGES = [
     "fairseq_moe_opt.placement.strategies",
     "fairseq_moe_opt.tasks",
     "hf_integration",
+    "hf_integration.fairseq_lm",
     "hf_integration.families",
 ]
 
