@@ -263,7 +263,9 @@ def _left_out(model: PreTrainedModel, spread: ExpertSpread | None, is_buffered: 
         return frozenset()
     here = {} if spread is None or is_buffered else {name: spread.held(name) for name in spread.slot_maps}
     return frozenset(
-        f"{path}.{leaf}" for path, linear in paired_family_of(model).expert_linears(model, here) for leaf, _ in _tensors(linear)
+        f"{path}.{leaf}"
+        for path, linear in paired_family_of(model).expert_linears(model, here)
+        for leaf, _ in _tensors(linear)
     )
 
 

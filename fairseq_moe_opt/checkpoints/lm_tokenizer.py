@@ -21,7 +21,7 @@ from fairseq_moe_opt.checkpoints.tokenizer import (
 from fairseq_moe_opt.checkpoints.writers import write_json
 from fairseq_moe_opt.errors import CheckpointError
 
-TOKENIZER_CLASS = "PreTrainedTokenizerFast"
+TOKENIZER_CLASS = "MoELanguageModelTokenizer"
 
 
 def write_lm_tokenizer(folder: Path, spm: Path, dictionary: Path, *, config: Mapping[str, Any]) -> str:

@@ -1,8 +1,8 @@
 """fairseq's decoder-only transformer as a Transformers model, with fairseq's own names of its parts.
 
-What fairseq does and Transformers' GPT-like models do not: positions are counted from ``padding_idx + 1``, and texts begin
-with ``</s>``. A sparse layer's own forward is a plain loop over experts; ``hf_integration.optimize`` puts the engine's layer
-in its place.
+What fairseq does and Transformers' GPT-like models do not: positions are counted from ``padding_idx + 1``, and texts
+begin with ``</s>``. A sparse layer's own forward is a plain loop over experts; ``hf_integration.optimize`` puts the
+engine's layer in its place.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What families have in common whose experts are pairs of linear layers, ``fc1`` and ``fc2``, in modules of their own."""
+"""What families have in common whose experts are pairs of linear layers, ``fc1`` and ``fc2``, in modules."""
 
 from __future__ import annotations
 
