@@ -204,7 +204,8 @@ class LineJob:
         encoded, forced = self._encode([window[place] for place in places])
         limit = self.limit
         rows = []
-        for place, ids in zip(places, encoded, strict=True):
+        for place, found in zip(places, encoded, strict=True):
+            ids: Sequence[int] = found
             if limit is not None and len(ids) > limit:
                 self.on_truncated(Truncation(done + place + 1, len(ids), limit))
                 ids = self.cut(window[place], ids, limit)

@@ -71,11 +71,12 @@ def convert(
 ) -> Conversion:
     """Writes ``src`` as a Transformers folder ``dst`` (``to="hf"``) or as fairseq's ``dst`` = ``x.pt`` (``"fairseq"``).
 
-    As a folder: safetensors of at most ``shard_bytes`` each. A fairseq checkpoint becomes an NLLB-MoE folder, or
-    one of this project's own language model where it has no encoder, with a tokenizer when a SentencePiece model and a dictionary are given as ``spm`` and ``dictionary`` or stand beside it
-    (``spm.model``, ``dict.txt``); ``src_lang`` is the tokenizer's first source language. A Hugging Face folder
-    (``pytorch_model*.bin``, zip or old format, or safetensors) keeps its names and other files. ``expert_dtype``
-    ``bf16`` or ``int8`` is of the experts alone (see :mod:`.expert_dtypes`).
+    As a folder: safetensors of at most ``shard_bytes`` each. A fairseq checkpoint becomes an NLLB-MoE folder, or one of
+    this project's language model where it has no encoder, with a tokenizer when a SentencePiece model and a dictionary
+    are given as ``spm`` and ``dictionary`` or stand beside it (``spm.model``, ``dict.txt``); ``src_lang`` is the
+    tokenizer's first source language. A Hugging Face folder (``pytorch_model*.bin``, zip or old format, or safetensors)
+    keeps its names and other files. ``expert_dtype`` ``bf16`` or ``int8`` is of the experts alone (see
+    :mod:`.expert_dtypes`).
 
     For fairseq: one file, or with ``ranks`` N the shared file and N rank files that share the experts evenly, from a
     Transformers NLLB-MoE folder or from any fairseq checkpoint (merged, or spread anew). ``dict.txt`` and

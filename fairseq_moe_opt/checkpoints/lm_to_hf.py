@@ -21,9 +21,9 @@ def fairseq_outputs(index: CheckpointIndex, wanted: torch.dtype | None) -> list[
     """The tensors to write, under the model's names; a tied output projection once, after a check that it is equal."""
     config = _config(index, "float32")  # before the names, because its messages say more
     names = lm_names(index, index.path)
-    if config["tie_word_embeddings"] and names.pop(OUTPUT, None) is not None:
-        if not equal_tensors(index[EMBEDDING], index[OUTPUT]):
-            raise CheckpointError(index.path, f"says that embeddings are shared, but {OUTPUT} differs from {EMBEDDING}")
+    has_own = config["tie_word_embeddings"] and names.pop(OUTPUT, None) is not None
+    if has_own and not equal_tensors(index[EMBEDDING], index[OUTPUT]):
+        raise CheckpointError(index.path, f"says that embeddings are shared, but {OUTPUT} differs from {EMBEDDING}")
     outputs = [Output(new, index[old], float_dtype(index[old], wanted)) for old, new in names.items()]
     return sorted(outputs, key=lambda output: (-output.dtype.itemsize, output.name))
 

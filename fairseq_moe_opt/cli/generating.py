@@ -47,8 +47,17 @@ class Generation(Translation):
         """A prompt continued, a line."""
         from hf_integration.continuation import continue_lines
 
-        how = {"batch_size": self.batch_size, "generation": self.generation, "seed": self.seed}
-        for one in continue_lines(model, tokenizer, lines, **how, lines_before=lines_before, **told):
+        for one in continue_lines(
+            model,
+            tokenizer,
+            lines,
+            batch_size=self.batch_size,
+            generation=self.generation,
+            seed=self.seed,
+            lines_before=lines_before,
+            on_progress=told.get("on_progress"),
+            on_truncated=told.get("on_truncated"),
+        ):
             if self.as_json:
                 yield json.dumps({"prompt": one.prompt, "text": one.text}, ensure_ascii=False)
             else:

@@ -60,8 +60,16 @@ class Translation:
         """A line out for each of ``lines``, before which there were ``lines_before``."""
         from hf_integration.translate import translate_lines
 
-        how = {"batch_size": self.batch_size, "generation": self.generation}
-        return translate_lines(model, tokenizer, lines, *self.languages, **how, **told)
+        return translate_lines(
+            model,
+            tokenizer,
+            lines,
+            *self.languages,
+            batch_size=self.batch_size,
+            generation=self.generation,
+            on_progress=told.get("on_progress"),
+            on_truncated=told.get("on_truncated"),
+        )
 
     def truncation_message(self, cut: Truncation) -> str:
         """One line on a line that was too long."""

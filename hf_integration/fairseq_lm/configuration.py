@@ -19,13 +19,13 @@ class FairseqMoELMConfig(PreTrainedConfig):
         top1: tokens go to one expert, not two.
         route_padding: padding goes to experts as well, and counts where capacity binds.
         expert_masking: what fairseq calls ``moe_eom``; ``final_masking`` is ``moe_fom``.
-        eval_capacity_token_fraction: capacity at evaluation, as in fairseq; it binds only with ``capacity="checkpoint"``.
+        eval_capacity_token_fraction: capacity at evaluation, where options ask for ``capacity="checkpoint"``.
         eval_capacity_max_length: it is of the longest sequence there can be, not of the tokens there are.
         add_bos_token: texts begin with ``<s>``, not with ``</s>`` as fairseq's language models do by default.
     """
 
     model_type = "fairseq_moe_lm"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - as Transformers has it
 
     vocab_size: int = 50264
     hidden_size: int = 1024
