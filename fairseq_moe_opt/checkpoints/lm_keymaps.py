@@ -119,8 +119,9 @@ def lm_config(cfg: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], pat
 
 
 def lm_generation_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """``generation_config.json``: as fairseq generates, ``</s>`` ends a text."""
-    return {name: config[name] for name in ("bos_token_id", "pad_token_id", "eos_token_id")}
+    """``generation_config.json``: as fairseq generates, ``</s>`` ends a text and padding is never chosen."""
+    symbols = {name: config[name] for name in ("bos_token_id", "pad_token_id", "eos_token_id")}
+    return {**symbols, "suppress_tokens": [config["pad_token_id"]]}
 
 
 def _adds_bos(cfg: Mapping[str, Any]) -> bool:

@@ -121,7 +121,7 @@ def test_the_engine_computes_what_the_plain_model_does(name: str, tmp_path: Path
         assert torch.equal(one.generate(**inputs), tokens)
         assert torch.equal(one.generate(**inputs, num_beams=3), beams)
     (layer,) = buffered.moe.report().layers
-    assert layer.cache is not None and layer.cache.misses > 0
+    assert layer.cache is not None and 0 < len(layer.cache.resident) < 8
     handle.undo()
     assert torch.equal(logits_of(model, ids), plain)
 
