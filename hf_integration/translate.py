@@ -29,6 +29,9 @@ WINDOW_BATCHES = 32
 
 _VOCABULARIES = ("tokenizer.json", "sentencepiece.bpe.model", "tokenizer.model", "spiece.model")
 
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""What configurations of models with experts call their number."""
+
 
 @dataclass(frozen=True)
 class Truncation:
@@ -93,12 +96,15 @@ def is_language_model(path_or_id: str | Path) -> bool:
 
 
 def stored_config(path_or_id: str | Path) -> Any:
-    """The configuration of a checkpoint of any kind; CheckpointError where there is none."""
+    """The configuration of a checkpoint with experts of any kind; CheckpointError or NoMoELayerError for others."""
     folder = local_folder(path_or_id)
     try:
         return read_config(folder)
     except NoMoELayerError:
-        return _any_config(folder)
+        config = _any_config(folder)
+        if not any(hasattr(config, name) for name in _EXPERT_COUNTS):
+            raise
+        return config
 
 
 def _any_config(folder: Path) -> Any:

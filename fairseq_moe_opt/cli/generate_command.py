@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +13,12 @@ from fairseq_moe_opt.cli.flags import Dtype, taking, with_moe_flags
 from fairseq_moe_opt.cli.generating import Generation
 from fairseq_moe_opt.cli.translating import translate_file
 
-_OF_SAMPLING = {"temperature": "--temperature", "top_k": "--top-k", "top_p": "--top-p", "seed": "--seed"}
+_OF_SAMPLING: Mapping[str, str] = {
+    "temperature": "--temperature",
+    "top_k": "--top-k",
+    "top_p": "--top-p",
+    "seed": "--seed",
+}
 
 
 @with_moe_flags()
