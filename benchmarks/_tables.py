@@ -217,6 +217,23 @@ def profiling(content: Content) -> str:
     )
 
 
+def perplexity(content: Content) -> str:
+    """What a capacity costs a language model, a row a gating."""
+    return markdown(
+        ["side", "capacity", "perplexity", "rows dropped", "tokens a second"],
+        (
+            [
+                row["side"],
+                "none" if row["fraction"] is None else f"{row['fraction']:g}",
+                f"{row['perplexity']:.2f}",
+                share(row["dropped"]),
+                f"{row['tokens_per_second']:,.0f}",
+            ]
+            for row in content["rows"]
+        ),
+    )
+
+
 TABLES: Mapping[str, Callable[..., str]] = {
     "buffering": buffering,
     "conditions": conditions,
@@ -226,6 +243,7 @@ TABLES: Mapping[str, Callable[..., str]] = {
     "int8_quality": int8_quality,
     "kernels": kernels,
     "nllb54b": nllb54b,
+    "perplexity": perplexity,
     "placement": placement,
     "profiling": profiling,
 }
