@@ -3,8 +3,8 @@
     python examples/language_model/prepare.py CORPUS OUT [--vocabulary 8000]
 
 CORPUS holds ``train.txt.xz`` and ``valid.txt.xz``: a paragraph a line, an empty line between documents. ``OUT`` gets a
-SentencePiece model of the training text (``spm.model``), and ``train.txt`` and ``valid.txt`` in its pieces, a paragraph a
-line; the training documents are shuffled as wholes.
+SentencePiece model of the training text (``spm.model``), and ``train.txt`` and ``valid.txt`` in its pieces, a paragraph
+a line; the training documents are shuffled as wholes.
 """
 
 from __future__ import annotations
