@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -69,3 +69,14 @@ class Generation(Translation):
             f"line {cut.line} has {cut.tokens:,} tokens, more than the {cut.limit:,} that leave room for new ones, "
             "and only its end is taken; ask for fewer new tokens, or shorten it"
         )
+
+
+def for_its_model(job: Translation, targets: Sequence[str | None]) -> Translation:
+    """``job`` as work for the kind of model that its checkpoint is; InputError for ``targets`` of a language model."""
+    from hf_integration.translate import is_language_model
+
+    if not is_language_model(job.checkpoint):
+        return job
+    if any(target is not None for target in targets):
+        raise InputError(f"{job.checkpoint}: is a language model and knows no languages: leave --tgt-lang out")
+    return Generation.of(job)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fairseq_moe_opt.cli.generating import Generation
+from fairseq_moe_opt.cli.generating import for_its_model
 from fairseq_moe_opt.cli.progress import Warnings, line_progress
 from fairseq_moe_opt.cli.text_files import STANDARD, check_destination, checked_line_count, decoded, open_lines
 from fairseq_moe_opt.cli.translating import Translation, load_model
@@ -40,12 +40,8 @@ def record(wanted: Recording, say: Callable[[str], None]) -> Trace:
         check_destination(job.destination, "-o")
     total = checked_line_count(job.source)
     from hf_integration.text import check_languages
-    from hf_integration.translate import is_language_model
 
-    if is_language_model(job.checkpoint):
-        if any(target is not None for target in wanted.targets):
-            raise InputError(f"{job.checkpoint}: is a language model and knows no languages: leave --tgt-lang out")
-        job = Generation.of(job)
+    job = for_its_model(job, wanted.targets)
     model, tokenizer = load_model(replace(job, languages=(job.languages[0], wanted.targets[0])))
     for target in wanted.targets:
         check_languages(tokenizer, job.languages[0], target)
