@@ -30,6 +30,7 @@ PACKAGES = [
     "fairseq_moe_opt.reproduction.sections",
     "fairseq_moe_opt.tasks",
     "hf_integration",
+    "hf_integration.fairseq_lm",
     "hf_integration.families",
 ]
 

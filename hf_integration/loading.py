@@ -32,14 +32,20 @@ from fairseq_moe_opt.presets import with_preset
 from hf_integration.buffered import Reason, keep_in_files, refuse_without_experts, require_memory
 from hf_integration.expert_dtypes import prepare_experts, read_int8, resolve_expert_dtype
 from hf_integration.expert_parallel import Compared, ExpertParallel, spread_over_ranks
-from hf_integration.families import nllb_moe
+from hf_integration.fairseq_lm import FairseqMoELMForCausalLM, register_models
+from hf_integration.families import fairseq_lm, nllb_moe, paired_family_of
 from hf_integration.optimize import install
 from hf_integration.stacked_loading import StackedSource, load_stacked, stacked_model_class
 
 logger = logging.getLogger(__name__)
 
-MODEL_CLASSES: Mapping[str, type[PreTrainedModel]] = {nllb_moe.MODEL_TYPE: NllbMoeForConditionalGeneration}
+MODEL_CLASSES: Mapping[str, type[PreTrainedModel]] = {
+    nllb_moe.MODEL_TYPE: NllbMoeForConditionalGeneration,
+    fairseq_lm.MODEL_TYPE: FairseqMoELMForCausalLM,
+}
 """Model types of ``config.json`` that ``from_pretrained`` loads."""
+
+register_models()  # AutoConfig is asked for every config.json
 
 _WEIGHT_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt")
 
@@ -52,7 +58,7 @@ def from_pretrained(
     parallel: ExpertParallel | None = None,
     **options: Any,
 ) -> PreTrainedModel:
-    """Load an NLLB-MoE checkpoint, or one behind Transformers' ``ExpertsInterface``, optimised.
+    """Load NLLB-MoE, a language model of fairseq's, or a model behind Transformers' ``ExpertsInterface``, optimised.
 
     ``model.moe`` is the handle.
 
@@ -88,7 +94,7 @@ def from_pretrained(
     spread = None
     if parallel is not None:
         compared = Compared(index, config, (dtypes.model, dtypes.matrices), wanted)
-        spread, wanted = spread_over_ranks(parallel, nllb_moe.trace_layers(model), compared, target)
+        spread, wanted = spread_over_ranks(parallel, paired_family_of(model).trace_layers(model), compared, target)
     buffer = _buffer(model, index, names, wanted, target, dtypes, spread) if wanted.buffered else None
     left_out = _left_out(model, spread, buffer is not None)
     _load_weights(model, index, names, dtypes, target, left_out)
@@ -99,13 +105,13 @@ def from_pretrained(
     _load_generation_config(model, folder)
     model.eval()
     handle = install(model, wanted, buffer, spread)
-    blocks = nllb_moe.sparse_blocks(model)
+    blocks = paired_family_of(model).sparse_blocks(model)
     if spread is not None:
         reason = Reason(f"spread over {spread.ranks.size} ranks", "without parallel")
         refuse_without_experts(model, blocks, handle.patches, target, dtypes.model, reason)
         handle.patches.on_undo(_ReadLeftOut(model, index, names, dtypes, target))
     elif buffer is not None:
-        experts = {name: nllb_moe.expert_pairs(block) for name, block in blocks.items()}
+        experts = {name: paired_family_of(model).expert_pairs(block) for name, block in blocks.items()}
         keep_in_files(model, experts, buffer.stores, handle.patches, target, dtypes.model)
     return model
 
@@ -147,7 +153,7 @@ def _buffer(
             return scale_of(index, names[name.removesuffix(SCALE_SUFFIX)])
         return index[names[name]]
 
-    layers = nllb_moe.expert_layers(model, find)
+    layers = paired_family_of(model).expert_layers(model, find)
     if spread is not None:
         layers = tuple(replace(layer, share=spread.held(layer.name)) for layer in layers)
     return build_buffer(layers, options, device, dtypes.model, dtypes.matrices)
@@ -292,7 +298,9 @@ def _left_out(model: PreTrainedModel, spread: ExpertSpread | None, is_buffered: 
         return frozenset()
     here = {} if spread is None or is_buffered else {name: spread.held(name) for name in spread.slot_maps}
     return frozenset(
-        f"{path}.{leaf}" for path, linear in nllb_moe.expert_linears(model, here) for leaf, _ in _tensors(linear)
+        f"{path}.{leaf}"
+        for path, linear in paired_family_of(model).expert_linears(model, here)
+        for leaf, _ in _tensors(linear)
     )
 
 

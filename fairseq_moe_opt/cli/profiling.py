@@ -12,7 +12,7 @@ from typing import Any
 
 from fairseq_moe_opt.cli.progress import Warnings, line_progress, status
 from fairseq_moe_opt.cli.text_files import STANDARD, checked_line_count, decoded, open_lines
-from fairseq_moe_opt.cli.translating import Translation, load_model, truncation_message
+from fairseq_moe_opt.cli.translating import Translation, load_model
 from fairseq_moe_opt.errors import InputError
 from fairseq_moe_opt.options import MoEOptions
 
@@ -120,7 +120,7 @@ class _Runner:
             batch_size=self.job.batch_size,
             generation=self.job.generation,
             on_progress=advance,
-            on_truncated=lambda cut: self.warnings.add(truncation_message(cut)),
+            on_truncated=lambda cut: self.warnings.add(self.job.truncation_message(cut)),
         )
         for _ in translations:
             pass

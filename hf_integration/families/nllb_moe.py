@@ -9,46 +9,28 @@ probability, as fairseq's expert output masking does (Transformers applies eleme
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from types import MappingProxyType
-from typing import cast
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.models.nllb_moe.configuration_nllb_moe import NllbMoeConfig
 from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeSparseMLP, NllbMoeTop2Router
 
-from fairseq_moe_opt.buffering import BufferedExperts
-from fairseq_moe_opt.build import (
-    BufferedShare,
-    ExpertBuffer,
-    ExpertLayer,
-    ExpertShare,
-    LayerSpec,
-    ModuleShare,
-    build_layer,
-    connect_routers,
-    needs_packed_experts,
-)
+from fairseq_moe_opt.build import ExpertBuffer, ExpertLayer, LayerSpec
 from fairseq_moe_opt.checkpoints import TensorRecord
-from fairseq_moe_opt.checkpoints.expert_dtypes import SCALE_SUFFIX
 from fairseq_moe_opt.moe import CapacityRule, GShardTop2Router, MoELayer
-from fairseq_moe_opt.moe.int8_linear import Int8Linear
-from fairseq_moe_opt.moe.module_experts import Int8ModuleExperts, ModuleExperts, PackedModuleExperts
 from fairseq_moe_opt.moe.trace import TraceLayer
 from fairseq_moe_opt.options import MoEOptions
 from fairseq_moe_opt.parallel import ExpertSpread
-from hf_integration.padding import PaddingMasks, watch_padding
+from hf_integration.families import paired
+from hf_integration.families.paired import NO_EXPERTS, PairedExperts, phase_of
+from hf_integration.padding import PaddingMasks
 from hf_integration.patching import Installed, Patches
 
 NAME = "nllb-moe"
 MODEL_TYPE = "nllb-moe"
-PHASES = ("encoder", "decoder")
-_LINEARS = ("fc1", "fc2")
-
-Pairs = Sequence[tuple[nn.Module, nn.Module]]
-"""(fc1, fc2) of experts."""
+_LABEL = "expert_{}"
 
 
 def matches(model: nn.Module) -> bool:
@@ -59,85 +41,35 @@ def matches(model: nn.Module) -> bool:
 def install(
     model: nn.Module, options: MoEOptions, buffer: ExpertBuffer | None = None, spread: ExpertSpread | None = None
 ) -> Installed:
-    """Replace the forward of every sparse layer; parameters, modules and their names stay.
-
-    With ``buffer``, experts come from its stores; their own parameters hold nothing. With ``spread``, only this rank's
-    experts are here, and rows travel to those of others.
-    """
-    patches = Patches()
-    masks = watch_padding(model, PHASES, patches)
-    layers: list[MoELayer] = []
-    shares: dict[str, ExpertShare] = {}
-    expert_bytes = 0
-    for name, block in _blocks(model):
-        spec = layer_spec(name, cast(NllbMoeConfig, model.config))
-        pairs = expert_pairs(block)
-        held = pairs if spread is None else [pairs[expert] for expert in spread.held(name)]
-        expert_bytes += _module_experts(held).nbytes
-        store = _expert_store(held, options, patches) if buffer is None else buffer.stores[name]
-        exchange = None if spread is None else spread.exchange(name)
-        if spread is not None:
-            shares[name] = _share(pairs, store, spread.held(name))
-        router_forward = _GateForward(block.router)
-        layer = build_layer(spec, options, _Gate(block.router), store, exchange=exchange)
-        patches.replace_forward(block.router, router_forward)
-        patches.replace_forward(block, _BlockForward(block, layer, masks, spec.phase))
-        layers.append(layer)
-    if buffer is None:
-        return Installed(NAME, tuple(layers), patches, expert_bytes, masks, shares=shares)
-    connect_routers(layers, [_QuietGate(block.router) for _, block in _blocks(model)], buffer)
-    return Installed(NAME, tuple(layers), patches, expert_bytes, masks, buffer.report, shares)
+    """Replace the forward of every sparse layer: see :func:`.paired.install`."""
+    return paired.install(_Host(), model, _experts(model), options, buffer, spread)
 
 
 def expert_layers(model: nn.Module, records: Callable[[str], TensorRecord]) -> tuple[ExpertLayer, ...]:
     """Where the experts of every sparse layer lie; ``records`` finds a parameter by its name in ``model``."""
-    return tuple(
-        ExpertLayer(
-            name,
-            phase_of(name),
-            tuple(_records(f"{name}.experts.expert_{e}", records) for e in range(block.num_experts)),
-        )
-        for name, block in _blocks(model)
-    )
+    return _experts(model).layers(records)
 
 
 def trace_layers(model: nn.Module) -> tuple[TraceLayer, ...]:
     """Name, phase and E of every sparse layer."""
-    return tuple(TraceLayer(name, phase_of(name), block.num_experts) for name, block in _blocks(model))
+    return _experts(model).trace_layers()
 
 
-def _records(prefix: str, find: Callable[[str], TensorRecord]) -> dict[str, TensorRecord]:
-    records = {f"{one}_{leaf}": find(f"{prefix}.{one}.{leaf}") for one in _LINEARS for leaf in ("weight", "bias")}
-    for one in _LINEARS:
-        if records[f"{one}_weight"].dtype == torch.int8:
-            records[f"{one}_scale"] = find(f"{prefix}.{one}.weight{SCALE_SUFFIX}")
-    return records
-
-
-def sparse_blocks(model: nn.Module) -> dict[str, NllbMoeSparseMLP]:
+def sparse_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """The sparse layers by name, in the model's order."""
     return dict(_blocks(model))
 
 
-def expert_pairs(block: NllbMoeSparseMLP) -> list[tuple[nn.Module, nn.Module]]:
+def expert_pairs(block: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
     """(fc1, fc2) of every expert, by name: Transformers 5 keeps other modules in the same ModuleDict."""
-    experts = [block.experts[f"expert_{index}"] for index in range(block.num_experts)]
-    return [(expert.fc1, expert.fc2) for expert in experts]
+    return PairedExperts({}, _LABEL).pairs(block)
 
 
 def expert_linears(
-    model: nn.Module, but_of: Mapping[str, Collection[int]] = MappingProxyType({})
+    model: nn.Module, but_of: Mapping[str, Collection[int]] = NO_EXPERTS
 ) -> Iterator[tuple[str, nn.Module]]:
-    """Name and module of every expert's ``fc1`` and ``fc2``, in the model's order.
-
-    ``but_of``: experts of a layer, by its name, that are left out.
-    """
-    for name, block in _blocks(model):
-        for index, pair in enumerate(expert_pairs(block)):
-            if index in but_of.get(name, ()):
-                continue
-            for layer, linear in zip(_LINEARS, pair, strict=True):
-                yield f"{name}.experts.expert_{index}.{layer}", linear
+    """Name and module of every expert's ``fc1`` and ``fc2``, in the model's order, but for those of ``but_of``."""
+    return _experts(model).linears(but_of)
 
 
 def layer_spec(name: str, config: NllbMoeConfig) -> LayerSpec:
@@ -154,32 +86,31 @@ def layer_spec(name: str, config: NllbMoeConfig) -> LayerSpec:
     return LayerSpec(name, phase_of(name), router, config.activation_function, float(config.moe_token_dropout))
 
 
-def phase_of(name: str) -> str:
-    """The phase of the layer ``name``."""
-    return "decoder" if "decoder." in name else "encoder"
-
-
 def _blocks(model: nn.Module) -> Iterator[tuple[str, NllbMoeSparseMLP]]:
     for name, module in model.named_modules():
         if isinstance(module, NllbMoeSparseMLP):
             yield name, module
 
 
-def _expert_store(pairs: Pairs, options: MoEOptions, patches: Patches) -> ModuleExperts:
-    weight = cast(Tensor, pairs[0][0].weight)
-    if not needs_packed_experts(options, weight.device, weight.dtype):
-        return _module_experts(pairs)
-    packed = PackedModuleExperts(pairs)
-    patches.on_undo(packed.unpack)
-    return packed
+def _experts(model: nn.Module) -> PairedExperts:
+    return PairedExperts(sparse_blocks(model), _LABEL)
 
 
-def _share(pairs: Pairs, store: ModuleExperts | BufferedExperts, held: Sequence[int]) -> ExpertShare:
-    return BufferedShare(store) if isinstance(store, BufferedExperts) else ModuleShare(pairs, store, held)
+class _Host:
+    """This family's part of :func:`.paired.install`."""
 
+    NAME = NAME
 
-def _module_experts(pairs: Pairs) -> ModuleExperts:
-    return Int8ModuleExperts(pairs) if isinstance(pairs[0][0], Int8Linear) else ModuleExperts(pairs)
+    def layer_spec(self, name: str, config: Any) -> LayerSpec:
+        return layer_spec(name, config)
+
+    def gates(self, block: nn.Module, patches: Patches) -> tuple[paired.Gate, paired.Gate]:
+        router = cast(NllbMoeSparseMLP, block).router
+        patches.replace_forward(router, _GateForward(router))
+        return _Gate(router), _QuietGate(router)
+
+    def forward(self, block: nn.Module, layer: MoELayer, masks: PaddingMasks) -> Callable[..., Any]:
+        return _BlockForward(cast(NllbMoeSparseMLP, block), layer, masks)
 
 
 class _GateForward:
@@ -219,8 +150,9 @@ class _QuietGate:
 class _BlockForward:
     """``NllbMoeSparseMLP.forward`` through the engine: (B, T, D) to (B, T, D)."""
 
-    def __init__(self, block: NllbMoeSparseMLP, layer: MoELayer, masks: PaddingMasks, phase: str) -> None:
-        self._block, self._layer, self._masks, self._phase = block, layer, masks, phase
+    def __init__(self, block: NllbMoeSparseMLP, layer: MoELayer, masks: PaddingMasks) -> None:
+        self._block, self._layer, self._masks = block, layer, masks
+        self._phase = layer.counters.phase
         self.__wrapped__ = type(block).forward.__get__(block)
 
     def __call__(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> Tensor:

@@ -29,7 +29,7 @@ _UNITS: Mapping[str, float] = {
     "minutes": 60,
 }
 _ANY_UNIT = "|".join(sorted(map(re.escape, _UNITS), key=len, reverse=True))
-_MEASURE = re.compile(rf"(?<![\w.=\"'])(?P<digits>\d[\d,]*(?:\.\d+)?)\s?(?P<unit>{_ANY_UNIT})(?![\w/])")
+_MEASURE = re.compile(rf"(?<![\w.=^\"'])(?P<digits>\d[\d,]*(?:\.\d+)?)\s?(?P<unit>{_ANY_UNIT})(?![\w/])")
 
 
 @dataclass(frozen=True)
