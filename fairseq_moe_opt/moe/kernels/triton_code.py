@@ -52,7 +52,7 @@ def _plus_bias(sums, bias, strides, expert, outputs, wanted):
     return sums + values.to(tl.float32)[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_experts", "num_blocks"])  # else another batch size is compiled anew
 def grouped_product(
     left,  # (rows, width), rows of `left_stride` elements
     order,  # (N,) the choice that a sorted row is; unused unless `gathers` or `scatters`
