@@ -29,7 +29,7 @@ from fairseq_moe_opt.moe.protocols import (
 )
 from fairseq_moe_opt.moe.report import LayerCounters, Watch
 from fairseq_moe_opt.moe.static_gating import static_moe
-from fairseq_moe_opt.moe.types import Dispatch, ExpertWave, Routing, Segment
+from fairseq_moe_opt.moe.types import Dispatch, ExpertWave, PackedExperts, Routing, Segment
 
 
 @dataclass(frozen=True)
@@ -191,11 +191,11 @@ class MoELayer:
         has. A profile has all of it under ``experts``.
         """
         kernel = self._kernel(tokens)
-        if not hasattr(kernel, "run_routed") or not isinstance(self.exchange, LocalExchange) or self.store.transient:
+        if not hasattr(kernel, "run_routed") or not isinstance(self.exchange, LocalExchange):
             return None
         if self._observers or self.look_ahead is not None or self.counters.expert_watch is not None:
             return None
-        packed = next((wave.packed for wave in self.store.waves(())), None)
+        packed = _stack_of(self.store)
         if packed is None:
             return None
         with self.counters.timed("experts", tokens.device):
@@ -264,7 +264,7 @@ class MoELayer:
     def _kernel(self, rows: Tensor) -> ExpertKernel:
         key = (rows.device, self.store.dtype)
         if key not in self._kernels:
-            activation, apart = self.config.activation, self.store.transient
+            activation, apart = self.config.activation, _stack_of(self.store) is None
             self._kernels[key] = choose_kernel(self.config.kernel, *key, activation=activation, apart=apart).name
         return get_kernel(self._kernels[key])
 
@@ -292,3 +292,8 @@ class MoELayer:
         if training:
             return output * (torch.rand_like(output[:, :1]) >= probability)
         return output * (1 - probability)
+
+
+def _stack_of(store: ExpertStore) -> PackedExperts | None:
+    """All experts as one stack, from a store that keeps them so."""
+    return None if store.transient else next((wave.packed for wave in store.waves(())), None)

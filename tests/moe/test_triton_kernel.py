@@ -11,19 +11,24 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from fairseq_moe_opt.errors import KernelError, OptionError
+from fairseq_moe_opt.moe import GShardTop2Router, MoELayer, ResidentExperts
 from fairseq_moe_opt.moe.device_counts import DeviceCounts
 from fairseq_moe_opt.moe.kernels import available_kernels, choose_kernel
 from fairseq_moe_opt.moe.kernels.blocks import most_blocks, plan_choices, plan_segments
 from fairseq_moe_opt.moe.report import LayerCounters
 from fairseq_moe_opt.moe.types import Segment
 from fairseq_moe_opt.options import MoEOptions
+from tests.helpers.layers import layer_of, random_experts
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 ROOT = Path(__file__).resolve().parents[2]
@@ -124,6 +129,18 @@ def test_auto_heeds_the_activation_on_cuda(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     clamped = "swiglu(alpha=1.702,limit=7.0,offset=1.0)"
     assert choose_kernel("auto", CUDA, torch.float16, activation=clamped).name == "loop"
+
+
+def test_auto_on_cuda_computes_experts_that_are_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of a model that was moved to the device after it had been optimised."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    experts, rows = random_experts(3), cast(Tensor, SimpleNamespace(device=CUDA))
+    packed = layer_of(GShardTop2Router(3), experts)
+    assert packed._kernel(rows).name == "triton"
+    store = ResidentExperts(3, experts.expert)
+    apart = MoELayer(torch.relu, packed.router, store, packed.config, packed.counters)
+    assert apart._kernel(rows).name == "loop"
 
 
 def test_buffered_experts_have_no_stack() -> None:

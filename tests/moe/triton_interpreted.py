@@ -16,6 +16,9 @@ from fairseq_moe_opt.moe import GShardTop2Router, PackedExperts, ResidentExperts
 from fairseq_moe_opt.moe.kernels import available_kernels, get_kernel
 from fairseq_moe_opt.moe.kernels.triton_grouped import TritonKernel
 from fairseq_moe_opt.moe.types import Segment
+from hf_integration import optimize
+from tests.helpers import nllb
+from tests.helpers.language_models import language_model, logits_of
 from tests.helpers.layers import layer_of, random_experts
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -195,3 +198,19 @@ def test_a_stack_has_no_field_that_is_not_computed() -> None:
     """One that is added to the type has to be added to the kernel."""
     names = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "gate_weight", "gate_bias")
     assert tuple(field.name for field in fields(PackedExperts)) == names
+
+
+@pytest.mark.parametrize("family", ["NLLB-MoE", "Mixtral"])
+def test_models_take_the_way_that_never_waits(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over modules packed by the engine, and over the stacks that Transformers keeps."""
+    model = nllb.tiny_model() if family == "NLLB-MoE" else language_model(family)
+    run = (lambda: nllb.logits(model, nllb.batch())) if family == "NLLB-MoE" else (lambda: logits_of(model))
+    handle = optimize(model, kernel="loop")
+    expected, rows = run(), [layer.expert_rows for layer in handle.report().layers]
+    handle.undo()
+    monkeypatch.delattr(TritonKernel, "run")
+    handle = optimize(model, kernel="triton")
+    torch.testing.assert_close(run(), expected, rtol=1e-5, atol=1e-5)
+    layers = handle.report().layers
+    assert [layer.expert_rows for layer in layers] == rows
+    assert {layer.kernels for layer in layers} == {("triton",)}
