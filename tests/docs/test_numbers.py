@@ -7,13 +7,14 @@ numbers of a paragraph are settings (or properties), or the paper's; ``set 10 Gi
 from __future__ import annotations
 
 import json
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.helpers.pages import PAGES, ROOT, Paragraph, numbers_in, paragraphs_of
+from tests.helpers.pages import PAGES, ROOT, Paragraph, numbers_in, paragraphs_of, strings_in
 
 WRITTEN = [page for page in PAGES if page.name != "reproduction.md"]
 """That one is drawn as a whole, and tested so."""
@@ -43,8 +44,15 @@ def unsupported(paragraph: Paragraph) -> list[str]:
     settings = [source.removeprefix("set ") for source in paragraph.sources if source.startswith("set ")]
     files = [source for source in paragraph.sources if not source.startswith("set ")]
     numbers = [number for source in files for number in numbers_in(part(source))]
-    measures = [one for one in paragraph.measures if " ".join(one.text.split()) not in settings]
-    return [one.text for one in measures if not any(one.matches(number) for number in numbers)]
+    # What a program said of its measurements counts as well: the sentence has to have the very words.
+    said = [text for source in files for text in strings_in(part(source))]
+    return [
+        one.text
+        for one in paragraph.measures
+        if (words := " ".join(one.text.split())) not in settings
+        and not any(one.matches(number) for number in numbers)
+        and not any(re.search(rf"(?<![\d.]){re.escape(words)}", text) for text in said)
+    ]
 
 
 @pytest.mark.parametrize("page", WRITTEN, ids=lambda page: page.name)
@@ -86,6 +94,13 @@ def test_a_setting_is_excused_by_its_own_words_only(tmp_path: Path) -> None:
     file.write_text(json.dumps({"seconds": 14.0}), encoding="utf-8")
     (paragraph,) = paragraphs_of(f"<!-- numbers: {file}, set 10 GiB -->\nWith 10 GiB 14 s, with 20 GiB 14 s.\n")
     assert unsupported(paragraph) == ["20 GiB"]
+
+
+def test_a_sentence_of_a_program_is_a_source_by_its_words(tmp_path: Path) -> None:
+    file = tmp_path / "profile.json"
+    file.write_text(json.dumps({"findings": ["43 to 66 % are idle."]}), encoding="utf-8")
+    (paragraph,) = paragraphs_of(f"<!-- numbers: {file}#findings -->\nHere 66 % are idle, there 6 %.\n")
+    assert unsupported(paragraph) == ["6 %"]
 
 
 def test_a_number_without_a_source_is_found() -> None:

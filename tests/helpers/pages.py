@@ -108,6 +108,15 @@ def _measure(match: re.Match[str]) -> Measure:
     return Measure(match[0], float(digits) * scale, 10**-decimals * scale)
 
 
+def strings_in(value: Any) -> Iterator[str]:
+    """Every string in the JSON ``value``, however deep."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for one in value.values() if isinstance(value, Mapping) else value:
+            yield from strings_in(one)
+
+
 def numbers_in(value: Any) -> Iterator[float]:
     """Every number in the JSON ``value``, however deep."""
     if isinstance(value, bool):
