@@ -22,7 +22,7 @@ PAGE = (ROOT / "docs" / "fairseq.md").read_text(encoding="utf-8")
 
 def blocks(language: str) -> list[str]:
     """The code blocks of one language."""
-    return re.findall(rf"^```{language}\n(.*?)^```", PAGE, flags=re.MULTILINE | re.DOTALL)
+    return re.findall(rf"^```{language}(?: \w+)?\n(.*?)^```", PAGE, flags=re.MULTILINE | re.DOTALL)
 
 
 def test_the_python_on_the_page_runs() -> None:

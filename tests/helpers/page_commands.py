@@ -38,7 +38,8 @@ _USER_DIRECTORY = str(ROOT / "fairseq_moe_opt")
 def commands_of(block: Block) -> list[list[str]]:
     """The words of each command in ``block``, a pipe's or ``&&``'s parts apart, redirections left out."""
     found, line = [], ""
-    for part in block.text.replace("\\\n", " ").replace(f'"{USER_DIRECTORY}"', _USER_DIRECTORY).splitlines():
+    text = re.sub(r'"\$\(which ([\w-]+)\)"', r"\1", block.text.replace(f'"{USER_DIRECTORY}"', _USER_DIRECTORY))
+    for part in text.replace("\\\n", " ").splitlines():
         line = f"{line}\n{part}" if line else part
         try:
             words = shlex.split(line, comments=True)
