@@ -79,16 +79,10 @@ def _facts(parallel: ExpertParallel, compared: Compared) -> Mapping[str, str]:
         "checkpoint": checkpoint_fingerprint(compared.index),
         "config.json": _short(compared.config.to_json_string(use_diff=False)),
         "dtype": " and ".join(map(str, dict.fromkeys(compared.dtype))),
-        "placement": _placement_name(parallel.placement),
+        "placement": "contiguous" if parallel.placement is None else parallel.placement.label,
         "exchange": parallel.exchange,
         **{f"option {name}": str(value) for name, value in options.items()},
     }
-
-
-def _placement_name(placement: Placement | None) -> str:
-    if placement is None:
-        return "contiguous"
-    return f"{placement.strategy} {_short(repr(placement.__reduce__()))}"
 
 
 def _short(text: str) -> str:

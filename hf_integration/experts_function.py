@@ -10,6 +10,7 @@ import importlib
 
 from torch import Tensor, nn
 
+from fairseq_moe_opt.errors import MoEError
 from fairseq_moe_opt.moe import LayerConfig, LayerCounters, MoELayer, Routing
 from fairseq_moe_opt.moe.routing import GivenRouting
 from fairseq_moe_opt.moe.stacked_experts import StackedExperts
@@ -66,4 +67,4 @@ def _layer_of(module: nn.Module) -> MoELayer:
 
 def no_gate(tokens: Tensor) -> Tensor:
     """Never asked: the host routes."""
-    raise NotImplementedError("the host model routes")
+    raise MoEError("the host model routes, this layer is given its choices")

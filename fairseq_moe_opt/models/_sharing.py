@@ -5,7 +5,6 @@ fairseq builds models deep inside its commands and hands nothing of ours through
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -61,7 +60,7 @@ class ExpertSharing:
         """
         compared = {name: value for name, value in options.to_dict().items() if name not in _OF_ONE_RANK}
         facts = {f"option moe_{name}": str(value) for name, value in compared.items()}
-        agree(self.ranks, {"placement": _placement_name(self.placement), **facts})
+        agree(self.ranks, {"placement": "contiguous" if self.placement is None else self.placement.label, **facts})
         if options.rebalance_every:
             raise OptionError("rebalance_every", "fairseq's commands keep experts where they are: use --moe-placement")
         exchange = ALL_REDUCE if self.same_batch else ALL_TO_ALL
@@ -105,9 +104,3 @@ def sharing_experts(sharing: ExpertSharing) -> Iterator[ExpertSharing]:
         yield sharing
     finally:
         _SHARING.reset(token)
-
-
-def _placement_name(placement: Placement | None) -> str:
-    if placement is None:
-        return "contiguous"
-    return f"{placement.strategy} {hashlib.sha256(repr(placement.__reduce__()).encode()).hexdigest()[:16]}"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fairseq_moe_opt.errors import OptionError
+from fairseq_moe_opt.errors import MoEError, OptionError
 from fairseq_moe_opt.moe.types import Routing
 
 SECOND_EXPERT_POLICIES = ("all", "sampling", "random")
@@ -327,4 +327,4 @@ class GivenRouting:
         with_aux_loss: bool = False,
     ) -> Routing:
         """Never asked."""
-        raise NotImplementedError("the host model routes")
+        raise MoEError("the host model routes, this layer is given its choices")

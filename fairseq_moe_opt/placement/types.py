@@ -6,6 +6,7 @@ are its *replicas*, and they share its rows evenly. Ranks may hold uneven number
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -109,6 +110,11 @@ class Placement:
     def __reduce__(self) -> tuple[Any, ...]:
         """Read-only mappings cannot be pickled, and ranks send each other placements."""
         return type(self), (dict(self.layers), self.num_experts, self.num_ranks, self.strategy, self.fingerprint)
+
+    @property
+    def label(self) -> str:
+        """Strategy and a short digest: equal for equal placements, and for nothing else."""
+        return f"{self.strategy} {hashlib.sha256(repr(self.__reduce__()).encode()).hexdigest()[:16]}"
 
     @cached_property
     def homes(self) -> Mapping[str, tuple[tuple[tuple[int, int], ...], ...]]:
