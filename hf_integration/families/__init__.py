@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Iterator, Sequence
+from typing import Protocol, TypeVar
 
 from torch import nn
 
@@ -12,7 +12,8 @@ from fairseq_moe_opt.errors import NoMoELayerError
 from fairseq_moe_opt.moe.trace import TraceLayer
 from fairseq_moe_opt.options import MoEOptions
 from fairseq_moe_opt.parallel import ExpertSpread
-from hf_integration.families import experts_interface, nllb_moe
+from hf_integration.families import experts_interface, nllb_moe, switch_transformers
+from hf_integration.families.pairs_of_linears import PairsOfLinears
 from hf_integration.patching import Installed
 
 
@@ -43,13 +44,27 @@ class Family(Protocol):
         """
 
 
-FAMILIES: tuple[Family, ...] = (nllb_moe, experts_interface)
+_F = TypeVar("_F", bound=Family)
+
+PAIRS_OF_LINEARS: tuple[PairsOfLinears, ...] = (nllb_moe.FAMILY, switch_transformers.FAMILY)
+"""Those whose experts are pairs of linear layers."""
+
+FAMILIES: tuple[Family, ...] = (*PAIRS_OF_LINEARS, experts_interface)
 
 
 def family_of(model: nn.Module) -> Family:
     """The family of ``model``; NoMoELayerError names the families that were looked for."""
-    for family in FAMILIES:
+    return _first_match(model, FAMILIES)
+
+
+def pairs_of_linears(model: nn.Module) -> PairsOfLinears:
+    """The same among those of ``PAIRS_OF_LINEARS``."""
+    return _first_match(model, PAIRS_OF_LINEARS)
+
+
+def _first_match(model: nn.Module, families: Sequence[_F]) -> _F:
+    for family in families:
         if family.matches(model):
             return family
-    looked_for = ", ".join(family.NAME for family in FAMILIES)
+    looked_for = ", ".join(family.NAME for family in families)
     raise NoMoELayerError(f"{type(model).__name__} has no Mixture-of-Experts layer of a known family ({looked_for})")
