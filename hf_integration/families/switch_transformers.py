@@ -11,7 +11,7 @@ multiplies what the router is given; Transformers multiplies in place, so that i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -29,7 +29,7 @@ from fairseq_moe_opt.moe.routing import Top1Router
 from hf_integration.families.pairs_of_linears import PairsOfLinears, RouterForward, phase_of
 from hf_integration.padding import PaddingMasks
 
-_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "swish": "silu"}
+_ACTIVATIONS: Mapping[str, str] = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "swish": "silu"}
 """Transformers' names of activations that the engine has under another one."""
 
 
