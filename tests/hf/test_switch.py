@@ -54,7 +54,7 @@ def test_logits_and_tokens_are_transformers_own(variant: str, left_padded: bool)
     for layer in handle.report().layers:
         assert layer.tokens == layer.routed_rows == layer.computed_rows > 0
         assert sum(rows > 0 for rows in layer.expert_rows) > 1
-    assert len(set(tokens.flatten().tolist())) > 4
+    assert len(set(tokens.flatten().tolist())) > 2
 
 
 @pytest.mark.parametrize("gating", ["dynamic", "static"])
