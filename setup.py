@@ -30,6 +30,7 @@ PACKAGES = [
     "fairseq_moe_opt.reproduction.sections",
     "fairseq_moe_opt.tasks",
     "hf_integration",
+    "hf_integration.fairseq_lm",
     "hf_integration.families",
 ]
 
@@ -56,6 +57,8 @@ FAIRSEQ = [
 ]
 PLOTS = ["matplotlib>=3.8"]
 DEV = ["hypothesis>=6.100", "mypy>=1.15", "pytest>=8", "pytest-cov>=5", "ruff>=0.9", "scipy>=1.11", "types-PyYAML"]
+# Its interpreter runs the device code on a CPU. CUDA builds of torch for Linux bring it along.
+DEV.append("triton>=3.5; sys_platform == 'linux'")
 
 
 # The compiled expert kernel: plain C++ that needs neither Python's headers nor torch's. It chooses its instruction

@@ -11,6 +11,7 @@ Content = Mapping[str, Any]
 
 GENERATE_DECIMALS = 2
 TRANSLATION = "translation"
+PREFILL_ROWS = 32
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 
 
@@ -187,6 +188,52 @@ def int8_quality(content: Content) -> str:
     )
 
 
+def kernels(content: Content) -> str:
+    """Decoding as a share of a plain read, prefill as one of a dense FFN, for the fused kernel and the loop."""
+    found: dict[tuple[str, str, str], dict[tuple[str, int], Content]] = {}
+    for row in content["rows"]:
+        key = (row["shape"], row["dtype"], row["rows_dtype"])
+        found.setdefault(key, {})[row["side"], row["rows"]] = row
+    headings = ["shape", "experts", "rows", "1 row", "2", "4", "`loop`, 4", "prefill", "`loop`, prefill"]
+    return markdown(headings, ([*key, *_kernel_cells(sides)] for key, sides in found.items()))
+
+
+def _kernel_cells(sides: Mapping[tuple[str, int], Content]) -> Iterator[str]:
+    for side, rows in (("fused", 1), ("fused", 2), ("fused", 4), ("loop", 4)):
+        yield f"{sides[side, rows]['of_bandwidth']:.0%}" if (side, rows) in sides else ""
+    for side in ("fused", "loop"):
+        yield f"{sides[side, PREFILL_ROWS]['of_dense']:.0%}" if (side, PREFILL_ROWS) in sides else ""
+
+
+def profiling(content: Content) -> str:
+    """What profiling costs: times as long as a model that was never profiled."""
+    sides = list(content["rows"][0]["wall_ratio"])
+    return markdown(
+        ["work", *(f"{side}: wall / processor time" for side in sides)],
+        (
+            [row["work"], *(f"{row['wall_ratio'][side]:.3f} / {row['processor_ratio'][side]:.3f}" for side in sides)]
+            for row in content["rows"]
+        ),
+    )
+
+
+def perplexity(content: Content) -> str:
+    """What a capacity costs a language model, a row a gating."""
+    return markdown(
+        ["side", "capacity", "perplexity", "rows dropped", "tokens a second"],
+        (
+            [
+                row["side"],
+                "none" if row["fraction"] is None else f"{row['fraction']:g}",
+                f"{row['perplexity']:.2f}",
+                share(row["dropped"]),
+                f"{row['tokens_per_second']:,.0f}",
+            ]
+            for row in content["rows"]
+        ),
+    )
+
+
 TABLES: Mapping[str, Callable[..., str]] = {
     "buffering": buffering,
     "conditions": conditions,
@@ -194,7 +241,10 @@ TABLES: Mapping[str, Callable[..., str]] = {
     "fairseq_generate": fairseq_generate,
     "generate": generate,
     "int8_quality": int8_quality,
+    "kernels": kernels,
     "nllb54b": nllb54b,
+    "perplexity": perplexity,
     "placement": placement,
+    "profiling": profiling,
 }
 """Name of a table to the function that draws it from its file's content and keywords."""

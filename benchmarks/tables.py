@@ -41,7 +41,7 @@ def _region(match: re.Match[str], root: Path) -> str:
 
 def pages() -> list[Path]:
     """The pages that may have tables."""
-    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "examples/language_model/README.md"]
 
 
 def main(check: Annotated[bool, typer.Option(help="change nothing, fail where a page differs")] = False) -> None:

@@ -18,7 +18,7 @@ from fairseq_moe_opt.sizes import ALL, check_size
 _CHOICES: Mapping[str, tuple[str, ...]] = {
     "gating": ("dynamic", "static"),
     "capacity": ("none", "checkpoint"),
-    "kernel": ("auto", "naive", "loop", "grouped_mm", "fused"),
+    "kernel": ("auto", "naive", "loop", "grouped_mm", "fused", "triton"),
     "expert_dtype": ("checkpoint", "bf16", "int8"),
     "eviction": ("auto", "reuse", "lfru", "lifo", "fifo", "lru", "lfu"),
     "expert_pool": ("auto", "global", "layer"),
@@ -55,7 +55,8 @@ class MoEOptions:
     checkpoint's own capacity options drop."""
 
     kernel: str = "auto"
-    """what computes the experts: auto takes the fastest one here; naive, loop, grouped_mm and fused ask for one."""
+    """what computes the experts: auto takes the fastest one here; naive, loop, grouped_mm, fused and triton ask
+    for one."""
 
     expert_dtype: str = "checkpoint"
     """dtype of the experts in memory, all else keeps the model's: checkpoint takes them as they are stored; bf16 rounds
@@ -131,10 +132,10 @@ class MoEOptions:
 
     def _check_buffering(self) -> None:
         if self.buffered:
-            if self.kernel == "grouped_mm":
+            if self.kernel in ("grouped_mm", "triton"):
                 raise OptionError(
                     "kernel",
-                    "'grouped_mm' computes from one tensor of all experts, which expert_memory="
+                    f"{self.kernel!r} computes from one tensor of all experts, which expert_memory="
                     f"{self.expert_memory!r} does not keep; use kernel='loop'",
                 )
             self._check_host_compute()

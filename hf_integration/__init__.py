@@ -1,7 +1,7 @@
 """Transformers side: ``optimize``, ``from_pretrained``, and the translation pipeline that Transformers 5 dropped.
 
-Importing this package registers the translation task, the tokenizer of converted checkpoints and the experts
-implementation ``moe_opt`` with Transformers; ``unregister()`` takes the task out again.
+Importing this package registers the translation task, fairseq's language models, the tokenizers of converted
+checkpoints and the experts implementation ``moe_opt`` with Transformers; ``unregister()`` takes the task out again.
 """
 
 from fairseq_moe_opt.environment import check_torchaudio
@@ -10,6 +10,8 @@ check_torchaudio()  # a broken one makes every model import of Transformers fail
 
 from hf_integration.expert_parallel import ExpertParallel  # noqa: E402
 from hf_integration.experts_function import register_experts_function  # noqa: E402
+from hf_integration.fairseq_lm import FairseqMoELMConfig, FairseqMoELMForCausalLM, FairseqMoELMModel  # noqa: E402
+from hf_integration.lm_tokenization import MoELanguageModelTokenizer  # noqa: E402
 from hf_integration.loading import from_pretrained  # noqa: E402
 from hf_integration.optimize import Handle, optimize  # noqa: E402
 from hf_integration.pipelines import TranslationPipeline, pipeline, register, unregister  # noqa: E402
@@ -23,7 +25,11 @@ register_ep_implementation()
 
 __all__ = [
     "ExpertParallel",
+    "FairseqMoELMConfig",
+    "FairseqMoELMForCausalLM",
+    "FairseqMoELMModel",
     "Handle",
+    "MoELanguageModelTokenizer",
     "MoETranslationTokenizer",
     "TranslationPipeline",
     "from_pretrained",

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from fairseq_moe_opt.buffering import LayerSize
-from hf_integration.families import pairs_of_linears
-from hf_integration.families.pairs_of_linears import num_experts, phase_of
+from hf_integration.families import paired_family_of
+from hf_integration.families.paired import num_experts, phase_of
 from hf_integration.loading import MODEL_CLASSES, read_config
 
 
@@ -21,8 +21,8 @@ def model_sizes(folder: Path, item_bytes: int) -> tuple[int, tuple[LayerSize, ..
     with torch.device("meta"):
         model = MODEL_CLASSES[config.model_type](config)
     model.tie_weights()
-    family = pairs_of_linears(model)
     layers = []
+    family = paired_family_of(model)
     for name, block in family.sparse_blocks(model).items():
         one = sum(tensor.numel() for module in family.expert_pairs(block)[0] for tensor in module.parameters())
         layers.append(LayerSize(phase_of(name), num_experts(block), one * item_bytes))

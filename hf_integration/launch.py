@@ -23,8 +23,9 @@ import typer
 from torch import distributed as dist
 
 from fairseq_moe_opt.checkpoints import checkpoint_fingerprint, open_index
-from fairseq_moe_opt.cli import commands
+from fairseq_moe_opt.cli import commands, generate_command
 from fairseq_moe_opt.cli.flags import taking
+from fairseq_moe_opt.cli.generating import Generation
 from fairseq_moe_opt.cli.journal import journaled_output, read_journal
 from fairseq_moe_opt.cli.text_files import STANDARD, check_destination, decoded, open_lines
 from fairseq_moe_opt.cli.translating import Output, Part, Translation, translate_file
@@ -59,6 +60,14 @@ class Exchange(str, enum.Enum):
 PlacementFile = Annotated[
     Path | None, typer.Option(metavar="FILE", help="which rank holds which expert; default: in order, equal parts")
 ]
+ExchangeName = Annotated[
+    Exchange,
+    typer.Option(
+        help="all-to-all: every rank has batches of its own; all-reduce: all compute each batch together, for few "
+        "lines at a time"
+    ),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="go on where a run that was stopped has left off")]
 Timeout = Annotated[float, typer.Option(min=1.0, help="seconds after which a rank that is silent is given up")]
 
 
@@ -72,19 +81,30 @@ def root() -> None:
 def translate(
     job: Translation,
     placement: PlacementFile = None,
-    exchange: Annotated[
-        Exchange,
-        typer.Option(
-            help="all-to-all: every rank has batches of its own; all-reduce: all compute each batch together, for few "
-            "lines at a time"
-        ),
-    ] = Exchange.ALL_TO_ALL,
-    resume: Annotated[bool, typer.Option("--resume", help="go on where a run that was stopped has left off")] = False,
+    exchange: ExchangeName = Exchange.ALL_TO_ALL,
+    resume: Resume = False,
     timeout: Timeout = 600,
 ) -> None:
     """Translate a file on several ranks; as moe-opt translate, and resumable."""
+    _on_all_ranks(job, placement, exchange, resume, timeout)
+
+
+@app.command()
+@taking(generate_command.generation)
+def generate(
+    job: Generation,
+    placement: PlacementFile = None,
+    exchange: ExchangeName = Exchange.ALL_TO_ALL,
+    resume: Resume = False,
+    timeout: Timeout = 600,
+) -> None:
+    """Continue a file of prompts with a language model on several ranks; as moe-opt generate, and resumable."""
+    _on_all_ranks(job, placement, exchange, resume, timeout)
+
+
+def _on_all_ranks(job: Translation, placement: Path | None, exchange: Exchange, resume: bool, timeout: float) -> None:
     if job.source == STANDARD or job.destination is None:
-        raise InputError("ranks read the text and write the translation as files: give FILE and -o OUT")
+        raise InputError("ranks read the text and write the results as files: give FILE and -o OUT")
     device = own_device(job.device)
     ranks = join_world(device, timeout)
     with one_message(typer.Exit(commands.BAD_INPUT)), ranks.watched():
@@ -187,6 +207,7 @@ def _content(job: Translation) -> dict[str, str]:
         "pair of languages": " to ".join(map(str, job.languages)),
         "batch size": str(job.batch_size),
         "generation setting": str(sorted(job.generation.items())),
+        "form": job.form,
         "dtype": str(job.dtype),
     }
 

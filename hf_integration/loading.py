@@ -16,7 +16,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeSinusoidalPositionalEmbedding
+from transformers.models.nllb_moe.modeling_nllb_moe import (
+    NllbMoeForConditionalGeneration,
+    NllbMoeSinusoidalPositionalEmbedding,
+)
+from transformers.models.switch_transformers.modeling_switch_transformers import (
+    SwitchTransformersForConditionalGeneration,
+)
 
 from fairseq_moe_opt.build import EXPERT_DTYPES, ExpertBuffer, build_buffer, require_ranks
 from fairseq_moe_opt.checkpoints import CheckpointIndex, TensorRecord, open_index, read_tensor
@@ -29,16 +35,21 @@ from fairseq_moe_opt.presets import with_preset
 from hf_integration.buffered import Reason, keep_in_files, refuse_without_experts, require_memory
 from hf_integration.expert_dtypes import prepare_experts, read_int8, resolve_expert_dtype
 from hf_integration.expert_parallel import Compared, ExpertParallel, spread_over_ranks
-from hf_integration.families import PAIRS_OF_LINEARS, pairs_of_linears
+from hf_integration.fairseq_lm import FairseqMoELMForCausalLM, register_models
+from hf_integration.families import fairseq_lm, nllb_moe, paired_family_of, switch_transformers
 from hf_integration.optimize import install
 from hf_integration.stacked_loading import StackedSource, load_stacked, stacked_model_class
 
 logger = logging.getLogger(__name__)
 
 MODEL_CLASSES: Mapping[str, type[PreTrainedModel]] = {
-    family.MODEL_TYPE: family.model_class for family in PAIRS_OF_LINEARS
+    nllb_moe.MODEL_TYPE: NllbMoeForConditionalGeneration,
+    switch_transformers.MODEL_TYPE: SwitchTransformersForConditionalGeneration,
+    fairseq_lm.MODEL_TYPE: FairseqMoELMForCausalLM,
 }
 """Model types of ``config.json`` that ``from_pretrained`` loads."""
+
+register_models()  # AutoConfig is asked for every config.json
 
 _WEIGHT_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt")
 
@@ -51,7 +62,7 @@ def from_pretrained(
     parallel: ExpertParallel | None = None,
     **options: Any,
 ) -> PreTrainedModel:
-    """Load an NLLB-MoE or Switch checkpoint, or one behind Transformers' ``ExpertsInterface``, optimised.
+    """Load NLLB-MoE, Switch, a language model of fairseq's, or a model behind ``ExpertsInterface``, optimised.
 
     ``model.moe`` is the handle.
 
@@ -81,14 +92,13 @@ def from_pretrained(
     expert_dtype = resolve_expert_dtype(wanted.expert_dtype, config, index)
     with torch.device("meta"):
         model = MODEL_CLASSES[config.model_type](config)
-    family = pairs_of_linears(model)
     dtypes = _Dtypes(_resolve_dtype(dtype, config), expert_dtype, prepare_experts(model, expert_dtype))
     names = _checkpoint_names(model, index)
     _check_shapes(model, index, names)
     spread = None
     if parallel is not None:
         compared = Compared(index, config, (dtypes.model, dtypes.matrices), wanted)
-        spread, wanted = spread_over_ranks(parallel, family.trace_layers(model), compared, target)
+        spread, wanted = spread_over_ranks(parallel, paired_family_of(model).trace_layers(model), compared, target)
     buffer = _buffer(model, index, names, wanted, target, dtypes, spread) if wanted.buffered else None
     left_out = _left_out(model, spread, buffer is not None)
     _load_weights(model, index, names, dtypes, target, left_out)
@@ -99,13 +109,13 @@ def from_pretrained(
     _load_generation_config(model, folder)
     model.eval()
     handle = install(model, wanted, buffer, spread)
-    blocks = family.sparse_blocks(model)
+    blocks = paired_family_of(model).sparse_blocks(model)
     if spread is not None:
         reason = Reason(f"spread over {spread.ranks.size} ranks", "without parallel")
         refuse_without_experts(model, blocks, handle.patches, target, dtypes.model, reason)
         handle.patches.on_undo(_ReadLeftOut(model, index, names, dtypes, target))
     elif buffer is not None:
-        experts = {name: family.expert_pairs(block) for name, block in blocks.items()}
+        experts = {name: paired_family_of(model).expert_pairs(block) for name, block in blocks.items()}
         keep_in_files(model, experts, buffer.stores, handle.patches, target, dtypes.model)
     return model
 
@@ -147,7 +157,7 @@ def _buffer(
             return scale_of(index, names[name.removesuffix(SCALE_SUFFIX)])
         return index[names[name]]
 
-    layers = pairs_of_linears(model).expert_layers(model, find)
+    layers = paired_family_of(model).expert_layers(model, find)
     if spread is not None:
         layers = tuple(replace(layer, share=spread.held(layer.name)) for layer in layers)
     return build_buffer(layers, options, device, dtypes.model, dtypes.matrices)
@@ -276,7 +286,7 @@ class _ReadLeftOut:
         # Which experts are elsewhere is seen now: some may have changed ranks since the model was loaded.
         absent = {
             path: linear
-            for path, linear in pairs_of_linears(self.model).expert_linears(self.model)
+            for path, linear in paired_family_of(self.model).expert_linears(self.model)
             if any(tensor.is_meta for _, tensor in _tensors(linear))
         }
         require_memory(absent.values(), self.device)
@@ -291,8 +301,11 @@ def _left_out(model: PreTrainedModel, spread: ExpertSpread | None, is_buffered: 
     if spread is None and not is_buffered:
         return frozenset()
     here = {} if spread is None or is_buffered else {name: spread.held(name) for name in spread.slot_maps}
-    linears = pairs_of_linears(model).expert_linears(model, here)
-    return frozenset(f"{path}.{leaf}" for path, linear in linears for leaf, _ in _tensors(linear))
+    return frozenset(
+        f"{path}.{leaf}"
+        for path, linear in paired_family_of(model).expert_linears(model, here)
+        for leaf, _ in _tensors(linear)
+    )
 
 
 def _checkpoint_names(model: PreTrainedModel, index: CheckpointIndex) -> dict[str, str]:

@@ -12,10 +12,11 @@ from typing import Any, cast
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-import hf_integration.tokenization  # noqa: F401 - registers the tokenizer of converted checkpoints
-from fairseq_moe_opt.errors import CheckpointError, OptionError
+import hf_integration.lm_tokenization  # registers the tokenizers of converted checkpoints
+import hf_integration.tokenization  # noqa: F401
+from fairseq_moe_opt.errors import CheckpointError, NoMoELayerError, OptionError
 from fairseq_moe_opt.parallel import Collectives
 from hf_integration.decoding import decoding_config
 from hf_integration.loading import local_folder, read_config
@@ -28,6 +29,9 @@ WINDOW_BATCHES = 32
 
 _VOCABULARIES = ("tokenizer.json", "sentencepiece.bpe.model", "tokenizer.model", "spiece.model")
 
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""What configurations of models with experts call their number."""
+
 
 @dataclass(frozen=True)
 class Truncation:
@@ -39,9 +43,10 @@ class Truncation:
 
 
 @dataclass(frozen=True)
-class _Row:
-    """One line that is to be translated: its place in the window and its ids."""
+class Row:
+    """One line that the model is given: its number from 1, its place in the window, and its ids."""
 
+    line: int
     place: int
     ids: Sequence[int]
 
@@ -81,8 +86,32 @@ def choose_dtype(path_or_id: str | Path, dtype: str | None, device: torch.device
     """
     if dtype is not None or device.type != "cpu":
         return dtype
-    stored = getattr(read_config(local_folder(path_or_id)), "dtype", None)
+    stored = stored_config(path_or_id).dtype
     return "float32" if str(stored).removeprefix("torch.") == "float16" else None
+
+
+def is_language_model(path_or_id: str | Path) -> bool:
+    """Whether a checkpoint has no encoder: it continues texts, and translates none."""
+    return not stored_config(path_or_id).is_encoder_decoder
+
+
+def stored_config(path_or_id: str | Path) -> Any:
+    """The configuration of a checkpoint with experts of any kind; CheckpointError or NoMoELayerError for others."""
+    folder = local_folder(path_or_id)
+    try:
+        return read_config(folder)
+    except NoMoELayerError:
+        config = _any_config(folder)
+        if not any(hasattr(config, name) for name in _EXPERT_COUNTS):
+            raise
+        return config
+
+
+def _any_config(folder: Path) -> Any:
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except Exception as error:  # strict configurations raise classes of the hub client
+        raise CheckpointError(folder / "config.json", f"cannot be read: {' '.join(str(error).split())}") from error
 
 
 def quiet_host() -> None:
@@ -119,7 +148,7 @@ def translate_lines(
     languages = {"src_lang": src_lang, "tgt_lang": tgt_lang}
     config, _ = decoding_config(model.generation_config, {}, generation or {}, tokenizer.pad_token_id)
     told = (on_progress or _ignore, on_truncated or _ignore)
-    return _Job(model, tokenizer, languages, config, batch_size, *told).run(lines)
+    return LineJob(model, tokenizer, languages, config, batch_size, *told).run(lines)
 
 
 def _ignore(_: object) -> None:
@@ -127,8 +156,8 @@ def _ignore(_: object) -> None:
 
 
 @dataclass(frozen=True)
-class _Job:
-    """Everything that stays the same from window to window."""
+class LineJob:
+    """Everything that stays the same from window to window; what a kind of model does otherwise is its own method."""
 
     model: PreTrainedModel
     tokenizer: Any
@@ -144,7 +173,21 @@ class _Job:
         decoding = getattr(getattr(self.model, "moe", None), "decoding", None)
         return decoding.ranks if isinstance(decoding, SyncedDecoding) else None
 
+    @property
+    def limit(self) -> int | None:
+        """How many tokens of a line the model takes; None for any number."""
+        return source_limit(self.model.config)
+
+    def is_left_out(self, line: str) -> bool:
+        """Whether ``line`` is not given to the model, and comes out empty."""
+        return is_blank(line)
+
+    def cut(self, line: str, ids: Sequence[int], limit: int) -> Sequence[int]:
+        """``limit`` ids of a longer ``line``."""
+        return self._encode([line], truncation=True, max_length=limit)[0][0]
+
     def run(self, lines: Iterable[str]) -> Iterator[str]:
+        """A result a line, in order."""
         handle = getattr(self.model, "moe", None)
         if isinstance(handle, Handle):
             handle.reset()
@@ -161,18 +204,19 @@ class _Job:
     def _translate_window(self, window: Sequence[str], done: int) -> list[str]:
         """The translations of ``window``, before which ``done`` lines were read."""
         results = [""] * len(window)
-        places = [place for place, line in enumerate(window) if not is_blank(line)]
+        places = [place for place, line in enumerate(window) if not self.is_left_out(line)]
         self.on_progress(len(window) - len(places))
         if not places:
             return results
         encoded, forced = self._encode([window[place] for place in places])
-        limit = source_limit(self.model.config)
+        limit = self.limit
         rows = []
-        for place, ids in zip(places, encoded, strict=True):
+        for place, found in zip(places, encoded, strict=True):
+            ids: Sequence[int] = found
             if limit is not None and len(ids) > limit:
                 self.on_truncated(Truncation(done + place + 1, len(ids), limit))
-                ids = self._encode([window[place]], truncation=True, max_length=limit)[0][0]
-            rows.append(_Row(place, ids))
+                ids = self.cut(window[place], ids, limit)
+            rows.append(Row(done + place + 1, place, ids))
         self._check_ids(rows, forced)
         # The longest first: what does not fit the memory is found at once.
         rows.sort(key=lambda row: -len(row.ids))
@@ -181,14 +225,14 @@ class _Job:
             results[place] = text
         return results
 
-    def _translate_batches(self, batches: Sequence[Sequence[_Row]], forced: int | None) -> list[tuple[int, str]]:
+    def _translate_batches(self, batches: Sequence[Sequence[Row]], forced: int | None) -> list[tuple[int, str]]:
         """Place and translation of every row; ranks that share experts take turns, and learn each other's results."""
         ranks = self.ranks
         rank, size = (0, 1) if ranks is None else (ranks.rank, ranks.size)
         own = batches[rank::size]
         outputs = generate_batches(
             self.model,
-            [self._inputs(batch) for batch in own],
+            _MadeInTurn(self.inputs, own),
             on_done=lambda call: self.on_progress(sum(map(len, batches[call * size : (call + 1) * size]))),
             generation_config=self.config,
             **({} if forced is None else {"forced_bos_token_id": forced}),
@@ -196,13 +240,13 @@ class _Job:
         done = [
             (row.place, text)
             for batch, output in zip(own, outputs, strict=True)
-            for row, text in zip(batch, self._decode(output), strict=True)
+            for row, text in zip(batch, self.texts(batch, output), strict=True)
         ]
         if ranks is None:
             return done
         return list(chain.from_iterable(cast("list[list[tuple[int, str]]]", ranks.gather_objects(done))))
 
-    def _check_ids(self, rows: Sequence[_Row], forced: int | None) -> None:
+    def _check_ids(self, rows: Sequence[Row], forced: int | None) -> None:
         """CheckpointError for ids the model has no embedding of: its tokenizer is another model's."""
         largest = max(*(max(row.ids) for row in rows), forced or 0)
         known = self.model.get_input_embeddings().weight.shape[0]
@@ -213,11 +257,13 @@ class _Job:
     def _encode(self, texts: Sequence[str], **how: Any) -> tuple[list[list[int]], int | None]:
         return encode_texts(self.tokenizer, texts, self.languages, **how)
 
-    def _inputs(self, rows: Sequence[_Row]) -> dict[str, Tensor]:
+    def inputs(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """What ``generate`` is given of a batch."""
         ids, mask = pad_rows([row.ids for row in rows], self.tokenizer.pad_token_id or 0)
         return {"input_ids": ids.to(self.model.device), "attention_mask": mask.to(self.model.device)}
 
-    def _decode(self, output: Tensor) -> list[str]:
+    def texts(self, rows: Sequence[Row], output: Tensor) -> list[str]:
+        """The results of a batch."""
         texts: list[str] = self.tokenizer.batch_decode(
             output, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
@@ -236,12 +282,27 @@ def encode_texts(
     return list(encoded["input_ids"]), encoded["forced_bos_token_id"]
 
 
-def pad_rows(rows: Sequence[Sequence[int]], padding: int) -> tuple[Tensor, Tensor]:
-    """(B, T) ids padded on the right, and their attention mask, both int64."""
+@dataclass(frozen=True)
+class _MadeInTurn(Sequence[dict[str, Tensor]]):
+    """What ``make`` makes of each batch, when its turn comes."""
+
+    make: Callable[[Sequence[Row]], dict[str, Tensor]]
+    batches: Sequence[Sequence[Row]]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, number: Any) -> Any:
+        return self.make(self.batches[number])
+
+
+def pad_rows(rows: Sequence[Sequence[int]], padding: int, *, left: bool = False) -> tuple[Tensor, Tensor]:
+    """(B, T) ids padded on the right, or the ``left``, and their attention mask, both int64."""
     length = max(len(row) for row in rows)
     ids = torch.full((len(rows), length), padding)
     mask = torch.zeros_like(ids)
     for number, row in enumerate(rows):
-        ids[number, : len(row)] = torch.tensor(row)
-        mask[number, : len(row)] = 1
+        place = slice(length - len(row), length) if left else slice(len(row))
+        ids[number, place] = torch.tensor(row)
+        mask[number, place] = 1
     return ids, mask

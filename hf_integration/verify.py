@@ -113,8 +113,10 @@ def text_batches(
     languages: tuple[str | None, str | None],
     limit: int | None,
     batch_size: int,
+    *,
+    left: bool = False,
 ) -> list[Batch]:
-    """The non-blank ``lines`` as batches; lines longer than ``limit`` tokens are cut."""
+    """The non-blank ``lines`` as batches; lines longer than ``limit`` tokens are cut. ``left``: where padding goes."""
     kept = [line for line in lines if line.strip()]
     how = {} if limit is None else {"truncation": True, "max_length": limit}
     batches = []
@@ -126,19 +128,26 @@ def text_batches(
         else:
             encoded = build(texts, return_tensors=None, src_lang=languages[0], tgt_lang=languages[1], **how)
             rows, forced = encoded["input_ids"], {"forced_bos_token_id": encoded["forced_bos_token_id"]}
-        batches.append(Batch(*pad_rows(rows, tokenizer.pad_token_id or 0), generation=forced))
+        batches.append(Batch(*pad_rows(rows, tokenizer.pad_token_id or 0, left=left), generation=forced))
     return batches
 
 
 def random_batches(config: Any) -> list[Batch]:
     """One batch of random ids with padding, the same every time, for a model without a tokenizer."""
     generator = torch.Generator().manual_seed(_SEED)
-    first, limit = min(4, config.vocab_size - 1), source_limit(config) or max(_RANDOM_LENGTHS)
+    first, limit = min(4, config.vocab_size - 1), text_limit(config) or max(_RANDOM_LENGTHS)
     rows = [
         torch.randint(first, config.vocab_size, (min(length, limit),), generator=generator).tolist()
         for length in _RANDOM_LENGTHS
     ]
-    return [Batch(*pad_rows(rows, config.pad_token_id or 0), generation={})]
+    ids, mask = pad_rows(rows, config.pad_token_id or 0, left=not config.is_encoder_decoder)
+    return [Batch(ids, mask, generation={})]
+
+
+def text_limit(config: Any) -> int | None:
+    """How many tokens of a line to compute: a language model's positions are for what follows, too."""
+    limit = source_limit(config)
+    return limit if limit is None or config.is_encoder_decoder else max(limit // 2, 1)
 
 
 def choose_languages(tokenizer: Any, source: str | None, target: str | None) -> tuple[str | None, str | None]:
@@ -172,11 +181,22 @@ def _run(model: PreTrainedModel, batches: Sequence[Batch], reference: Sequence[_
     for number, batch in enumerate(batches):
         ids, mask = batch.ids.to(model.device), batch.mask.to(model.device)
         tokens = _greedy(model, ids, mask, batch.generation)
-        decoder_ids = tokens if reference is None else reference[number].tokens
+        forced = tokens if reference is None else reference[number].tokens
         with torch.inference_mode():
-            logits = model(input_ids=ids, attention_mask=mask, decoder_input_ids=decoder_ids).logits
-        results.append(_Result(logits.float(), tokens))
+            results.append(_Result(_forced(model, ids, mask, forced).float(), tokens))
     return results
+
+
+def _forced(model: PreTrainedModel, ids: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
+    """The logits (B, T, V) of ``tokens`` that were generated from ``ids``; 0 where a language model's are padding."""
+    if model.config.is_encoder_decoder:
+        logits: Tensor = model(input_ids=ids, attention_mask=mask, decoder_input_ids=tokens).logits
+        return logits
+    new = torch.ones_like(tokens[:, ids.shape[1] :])
+    mask = torch.cat([mask, new], dim=1)
+    logits = model(input_ids=tokens, attention_mask=mask).logits
+    # What stands at padding is nobody's, and some ways route it and others do not.
+    return logits.masked_fill(mask.unsqueeze(-1) == 0, 0.0)
 
 
 def _greedy(model: PreTrainedModel, ids: Tensor, mask: Tensor, generation: Mapping[str, Any]) -> Tensor:

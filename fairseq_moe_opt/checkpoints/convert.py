@@ -15,14 +15,15 @@ from typing import final
 
 import torch
 
-from fairseq_moe_opt.checkpoints import fairseq
+from fairseq_moe_opt.checkpoints import fairseq, lm_to_hf, to_hf
 from fairseq_moe_opt.checkpoints.expert_dtypes import require_float_experts, with_expert_dtype, write_note
 from fairseq_moe_opt.checkpoints.fairseq_texts import write_texts
 from fairseq_moe_opt.checkpoints.legacy import legacy_files, rewrite_as_zip
+from fairseq_moe_opt.checkpoints.lm_keymaps import is_language_model
 from fairseq_moe_opt.checkpoints.opening import open_index
 from fairseq_moe_opt.checkpoints.staging import staged_files, staged_folder, staging_place, temporary_folder
 from fairseq_moe_opt.checkpoints.to_fairseq import Given, from_fairseq, from_hf, require_ranks, write_fairseq
-from fairseq_moe_opt.checkpoints.to_hf import copy_companions, fairseq_outputs, hf_outputs, write_fairseq_texts
+from fairseq_moe_opt.checkpoints.to_hf import copy_companions, hf_outputs
 from fairseq_moe_opt.checkpoints.writers import SHARD_BYTES, write_safetensors
 from fairseq_moe_opt.errors import CheckpointError, OptionError
 
@@ -70,11 +71,12 @@ def convert(
 ) -> Conversion:
     """Writes ``src`` as a Transformers folder ``dst`` (``to="hf"``) or as fairseq's ``dst`` = ``x.pt`` (``"fairseq"``).
 
-    As a folder: safetensors of at most ``shard_bytes`` each. A fairseq checkpoint becomes an NLLB-MoE folder, with a
-    tokenizer when a SentencePiece model and a dictionary are given as ``spm`` and ``dictionary`` or stand beside it
-    (``spm.model``, ``dict.txt``); ``src_lang`` is the tokenizer's first source language. A Hugging Face folder
-    (``pytorch_model*.bin``, zip or old format, or safetensors) keeps its names and other files. ``expert_dtype``
-    ``bf16`` or ``int8`` is of the experts alone (see :mod:`.expert_dtypes`).
+    As a folder: safetensors of at most ``shard_bytes`` each. A fairseq checkpoint becomes an NLLB-MoE folder, or one of
+    this project's language model where it has no encoder, with a tokenizer when a SentencePiece model and a dictionary
+    are given as ``spm`` and ``dictionary`` or stand beside it (``spm.model``, ``dict.txt``); ``src_lang`` is the
+    tokenizer's first source language. A Hugging Face folder (``pytorch_model*.bin``, zip or old format, or safetensors)
+    keeps its names and other files. ``expert_dtype`` ``bf16`` or ``int8`` is of the experts alone (see
+    :mod:`.expert_dtypes`).
 
     For fairseq: one file, or with ``ranks`` N the shared file and N rank files that share the experts evenly, from a
     Transformers NLLB-MoE folder or from any fairseq checkpoint (merged, or spread anew). ``dict.txt`` and
@@ -123,8 +125,9 @@ def _to_hf(
     with _readable(source, target.absolute().parent) as readable, staged_folder(target) as folder:
         index = open_index(readable)
         if index.format == fairseq.FORMAT:
-            outputs = fairseq_outputs(index, wanted)
-            kind = write_fairseq_texts(index, source, folder, outputs, texts)
+            kind_of_model = lm_to_hf if is_language_model(index) else to_hf
+            outputs = kind_of_model.fairseq_outputs(index, wanted)
+            kind = kind_of_model.write_fairseq_texts(index, source, folder, outputs, texts)
         else:
             outputs = hf_outputs(index, wanted)
             kind = copy_companions(source, folder, dtype)

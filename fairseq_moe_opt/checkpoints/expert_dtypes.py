@@ -27,7 +27,7 @@ NOTE = "expert_dtype"
 
 SCALE_SUFFIX = "_scale"
 
-_EXPERT_TENSOR = re.compile(r".*\.experts\.expert_\d+\.fc[12]\.(?P<kind>weight|bias)")
+_EXPERT_TENSOR = re.compile(r".*\.experts\.(?:expert_)?\d+\.fc[12]\.(?P<kind>weight|bias)")
 
 
 def scale_of(index: Mapping[str, TensorRecord], name: str) -> TensorRecord:

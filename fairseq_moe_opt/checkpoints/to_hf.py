@@ -38,9 +38,7 @@ def fairseq_outputs(index: CheckpointIndex, wanted: torch.dtype | None) -> list[
 def _require_config_expressible(index: CheckpointIndex) -> None:
     """Looks at the options before the names, because their messages say more."""
     if TIED[0] not in index:
-        raise CheckpointError(
-            index.path, "Transformers' NLLB-MoE cannot express a decoder-only language model (no encoder)"
-        )
+        raise CheckpointError(index.path, f"lacks {TIED[0]}: neither a translation model nor a language model")
     hf_config(index.metadata["cfg"], index[TIED[0]].shape[0], index.path, "float32")
 
 

@@ -95,7 +95,7 @@ def write_tokenizer(
     model = read_model(spm)
     words = read_dictionary(dictionary)
     symbols = build_symbols(words, [piece.text for piece in model.pieces if piece.kind != spm_model.CONTROL], cfg)
-    _require_complete(model, symbols, dictionary, rows)
+    require_complete(model, symbols, dictionary, rows)
     source = _source_language(symbols, src_lang)
     is_bpe = model.algorithm == spm_model.BPE
     if is_bpe:
@@ -136,7 +136,7 @@ def _dictionary_names(cfg: Mapping[str, Any]) -> tuple[str, ...]:
     return (DICTIONARY_NAME, f"dict.{source}.txt") if source else (DICTIONARY_NAME,)
 
 
-def _require_complete(model: SentencePieceModel, symbols: Symbols, dictionary: Path, rows: int) -> None:
+def require_complete(model: SentencePieceModel, symbols: Symbols, dictionary: Path, rows: int) -> None:
     """The dictionary has to know every piece, and to give as many ids as the embedding has rows."""
     known = set(symbols.names)
     usable = (spm_model.NORMAL, spm_model.USER_DEFINED, spm_model.BYTE)

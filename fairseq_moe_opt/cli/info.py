@@ -291,6 +291,8 @@ def _top_k(index: CheckpointIndex, config: Mapping[str, Any]) -> int | None:
     if index.format == "fairseq":
         model = index.metadata.get("cfg", {}).get("model") or {}
         return 1 if model.get("moe_top1_expert") else 2
+    if config.get("model_type") == "fairseq_moe_lm":
+        return 1 if config.get("top1") else 2
     known = config.get("num_experts_per_tok", _TOP_K.get(str(config.get("model_type"))))
     return known if isinstance(known, int) else None
 

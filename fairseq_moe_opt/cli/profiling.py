@@ -10,9 +10,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from fairseq_moe_opt.cli.generating import for_its_model
 from fairseq_moe_opt.cli.progress import Warnings, line_progress, status
 from fairseq_moe_opt.cli.text_files import STANDARD, checked_line_count, decoded, open_lines
-from fairseq_moe_opt.cli.translating import Translation, load_model, truncation_message
+from fairseq_moe_opt.cli.translating import Translation, load_model
 from fairseq_moe_opt.errors import InputError
 from fairseq_moe_opt.options import MoEOptions
 
@@ -64,11 +65,11 @@ def run_profile(wanted: ProfileJob, say: Callable[[str], None]) -> Written:
     inputs = _inputs(wanted)
     from hf_integration.text import check_languages
 
-    languages = (wanted.job.languages[0], wanted.targets[0])
-    model, tokenizer = load_model(replace(wanted.job, languages=languages))
+    job = for_its_model(wanted.job, wanted.targets)
+    model, tokenizer = load_model(replace(job, languages=(job.languages[0], wanted.targets[0])))
     for target in wanted.targets:
-        check_languages(tokenizer, wanted.job.languages[0], target)
-    runner = _Runner(model, tokenizer, wanted.job, Warnings(say))
+        check_languages(tokenizer, job.languages[0], target)
+    runner = _Runner(model, tokenizer, job, Warnings(say))
     profiler = model.moe.profiler()
     profiler.attach()
     try:
@@ -120,7 +121,7 @@ class _Runner:
             batch_size=self.job.batch_size,
             generation=self.job.generation,
             on_progress=advance,
-            on_truncated=lambda cut: self.warnings.add(truncation_message(cut)),
+            on_truncated=lambda cut: self.warnings.add(self.job.truncation_message(cut)),
         )
         for _ in translations:
             pass

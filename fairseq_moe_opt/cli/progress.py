@@ -34,7 +34,7 @@ def line_progress(total: int | None, *, is_shown: bool = True) -> Iterator[Calla
         yield lambda _: None
         return
     columns = (
-        TextColumn("translating"),
+        TextColumn("lines"),
         BarColumn(),
         MofNCompleteColumn(),
         _LinesPerSecond(),
@@ -42,7 +42,7 @@ def line_progress(total: int | None, *, is_shown: bool = True) -> Iterator[Calla
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("translating", total=total)
+        task = progress.add_task("lines", total=total)
         yield lambda lines: progress.advance(task, lines)
 
 

@@ -15,7 +15,9 @@ from fairseq_moe_opt.cli.flags import Dtype, with_moe_flags
 @with_moe_flags("expert_memory", "host_memory", "eviction", "expert_pool", "prefetch")
 def trace(
     path: Checkpoint,
-    text: Annotated[str, typer.Argument(metavar="TEXT|-", help="UTF-8 text to translate, a sentence a line")],
+    text: Annotated[
+        str, typer.Argument(metavar="TEXT|-", help="UTF-8 text to translate or continue, a sentence a line")
+    ],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="TRACE", help="file to write")],
     src_lang: SrcLang = None,
     tgt_lang: Annotated[
@@ -23,6 +25,10 @@ def trace(
     ] = None,
     batch_size: BatchSize = 16,
     num_beams: Annotated[int | None, typer.Option(min=1, help="beams; default: as moe-opt translate")] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="most tokens of a line's result; default: as moe-opt translate or generate"),
+    ] = None,
     choices: Annotated[bool, typer.Option("--choices", help="keep the experts of each token, too")] = False,
     dtype: Annotated[Dtype | None, typer.Option(help=DTYPE_HELP)] = None,
     device: Device = None,
@@ -34,13 +40,14 @@ def trace(
     from fairseq_moe_opt.cli.tracing import Recording, describe, record
     from fairseq_moe_opt.cli.translating import Translation
 
+    settings = {"num_beams": num_beams, "max_new_tokens": max_new_tokens}
     job = Translation(
         checkpoint=path,
         source=text,
         destination=output,
         languages=(src_lang, None),
         batch_size=batch_size,
-        generation={} if num_beams is None else {"num_beams": num_beams},
+        generation={name: value for name, value in settings.items() if value is not None},
         dtype=None if dtype is None else dtype.value,
         device=device,
         threads=threads,

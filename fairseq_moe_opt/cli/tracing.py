@@ -1,4 +1,4 @@
-"""The body of ``moe-opt trace``: translate a text only to see which experts it asks for."""
+"""The body of ``moe-opt trace``: translate or continue a text only to see which experts it asks for."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fairseq_moe_opt.cli.generating import for_its_model
 from fairseq_moe_opt.cli.progress import Warnings, line_progress
 from fairseq_moe_opt.cli.text_files import STANDARD, check_destination, checked_line_count, decoded, open_lines
-from fairseq_moe_opt.cli.translating import Translation, load_model, truncation_message
+from fairseq_moe_opt.cli.translating import Translation, load_model
 from fairseq_moe_opt.errors import InputError
 from fairseq_moe_opt.moe.trace import Trace, write_trace
 from fairseq_moe_opt.options import MoEOptions
@@ -27,7 +28,7 @@ class Recording:
 
 
 def record(wanted: Recording, say: Callable[[str], None]) -> Trace:
-    """Translate the text to each target language, write the trace, and return it.
+    """Translate the text to each target language, or continue it with a language model, write the trace, and return it.
 
     ``say`` gets warnings. Raises InputError for a text or a language that cannot be used, or without any line.
     """
@@ -40,6 +41,7 @@ def record(wanted: Recording, say: Callable[[str], None]) -> Trace:
     total = checked_line_count(job.source)
     from hf_integration.text import check_languages
 
+    job = for_its_model(job, wanted.targets)
     model, tokenizer = load_model(replace(job, languages=(job.languages[0], wanted.targets[0])))
     for target in wanted.targets:
         check_languages(tokenizer, job.languages[0], target)
@@ -58,19 +60,14 @@ def record(wanted: Recording, say: Callable[[str], None]) -> Trace:
 def _translate(
     model: Any, tokenizer: Any, job: Translation, advance: Callable[[int], None], say: Callable[[str], None]
 ) -> None:
-    from hf_integration.translate import translate_lines
-
     warnings = Warnings(say)
     with open_lines(job.source) as stream:
-        lines = translate_lines(
+        lines = job.lines(
             model,
             tokenizer,
             decoded(stream, job.source),
-            *job.languages,
-            batch_size=job.batch_size,
-            generation=job.generation,
             on_progress=advance,
-            on_truncated=lambda cut: warnings.add(truncation_message(cut)),
+            on_truncated=lambda cut: warnings.add(job.truncation_message(cut)),
         )
         for _ in lines:
             pass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -19,6 +19,7 @@ from fairseq_moe_opt.cli.text_files import (
     line_writer,
     open_lines,
 )
+from fairseq_moe_opt.errors import InputError
 from fairseq_moe_opt.options import MoEOptions
 
 if TYPE_CHECKING:
@@ -40,6 +41,42 @@ class Translation:
     device: str | None
     threads: int | None
     options: Mapping[str, Any]
+
+    @property
+    def form(self) -> str:
+        """What the lines that come out depend on beside the fields above, in words."""
+        return ""
+
+    def check_model(self) -> None:
+        """InputError where the checkpoint is not for this kind of work."""
+        from hf_integration.translate import is_language_model
+
+        if is_language_model(self.checkpoint):
+            raise InputError(f"{self.checkpoint}: is a language model, which translates nothing: see moe-opt generate")
+
+    def lines(
+        self, model: Any, tokenizer: Any, lines: Iterable[str], lines_before: int = 0, **told: Callable[[Any], None]
+    ) -> Iterator[str]:
+        """A line out for each of ``lines``, before which there were ``lines_before``."""
+        from hf_integration.translate import translate_lines
+
+        return translate_lines(
+            model,
+            tokenizer,
+            lines,
+            *self.languages,
+            batch_size=self.batch_size,
+            generation=self.generation,
+            on_progress=told.get("on_progress"),
+            on_truncated=told.get("on_truncated"),
+        )
+
+    def truncation_message(self, cut: Truncation) -> str:
+        """One line on a line that was too long."""
+        return (
+            f"line {cut.line} has {cut.tokens:,} tokens, more than the {cut.limit:,} this model takes, "
+            "and is cut there; split it into sentences to translate all of it"
+        )
 
 
 @dataclass(frozen=True)
@@ -76,8 +113,6 @@ def translate_file(job: Translation, say: Callable[[str], None], part: Part = Pa
     """Do ``part`` of ``job``; ``say`` gets warnings and notes, one line each."""
     options = MoEOptions.from_kwargs(**job.options)
     total = _check_files(job, options, say)
-    from hf_integration.translate import translate_lines
-
     model, tokenizer = load_model(job, part)
     warnings = Warnings(say)
     with (
@@ -86,15 +121,13 @@ def translate_file(job: Translation, say: Callable[[str], None], part: Part = Pa
         line_progress(total, is_shown=part.is_shown) as advance,
     ):
         advance(output.kept)
-        for line in translate_lines(
+        for line in job.lines(
             model,
             tokenizer,
             islice(decoded(stream, job.source), output.kept, None),
-            *job.languages,
-            batch_size=job.batch_size,
-            generation=job.generation,
+            output.kept,
             on_progress=advance,
-            on_truncated=lambda cut: warnings.add(truncation_message(replace(cut, line=cut.line + output.kept))),
+            on_truncated=lambda cut: warnings.add(job.truncation_message(replace(cut, line=cut.line + output.kept))),
         ):
             output.write(line)
     warnings.finish()
@@ -115,6 +148,7 @@ def load_model(job: Translation, part: Part = Part()) -> tuple[Any, Any]:
     quiet_host()
     if job.threads is not None:
         torch.set_num_threads(job.threads)
+    job.check_model()
     device = choose_device(job.device)
     dtype = choose_dtype(job.checkpoint, job.dtype, device)
     tokenizer = load_tokenizer(job.checkpoint)
@@ -122,14 +156,6 @@ def load_model(job: Translation, part: Part = Part()) -> tuple[Any, Any]:
     with status(f"loading {job.checkpoint}", is_shown=part.is_shown):
         model = from_pretrained(job.checkpoint, dtype=dtype, device=device, parallel=part.parallel, **job.options)
     return model, tokenizer
-
-
-def truncation_message(cut: Truncation) -> str:
-    """One line on a line that was too long."""
-    return (
-        f"line {cut.line} has {cut.tokens:,} tokens, more than the {cut.limit:,} this model takes, "
-        "and is cut there; split it into sentences to translate all of it"
-    )
 
 
 def _check_files(job: Translation, options: MoEOptions, say: Callable[[str], None]) -> int | None:

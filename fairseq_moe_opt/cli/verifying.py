@@ -81,21 +81,23 @@ def _read(name: str) -> list[str]:
 
 def _batches(request: Verification, lines: list[str] | None) -> tuple[list[Batch], str]:
     """What to compute, and in words what it is."""
-    from hf_integration.loading import local_folder, read_config
-    from hf_integration.text import check_languages, source_limit
-    from hf_integration.translate import has_tokenizer, load_tokenizer
-    from hf_integration.verify import SENTENCES, choose_languages, random_batches, text_batches
+    from hf_integration.text import check_languages
+    from hf_integration.translate import has_tokenizer, load_tokenizer, stored_config
+    from hf_integration.verify import SENTENCES, choose_languages, random_batches, text_batches, text_limit
 
-    config: Any = read_config(local_folder(request.checkpoint))
+    config: Any = stored_config(request.checkpoint)
     if not has_tokenizer(request.checkpoint):
         if lines is not None:
             raise InputError(f"--text needs a tokenizer, and {request.checkpoint} has none")
         batches = random_batches(config)
         return batches, f"{len(batches[0].ids)} rows of random tokens (there is no tokenizer)"
     tokenizer = load_tokenizer(request.checkpoint)
-    languages = choose_languages(tokenizer, *request.languages)
+    is_lm = not config.is_encoder_decoder
+    if is_lm and any(request.languages):
+        raise InputError(f"{request.checkpoint}: is a language model and knows no languages: leave them out")
+    languages = (None, None) if is_lm else choose_languages(tokenizer, *request.languages)
     check_languages(tokenizer, *languages)
     texts = list(SENTENCES) if lines is None else lines
-    batches = text_batches(tokenizer, texts, languages, source_limit(config), request.batch_size)
+    batches = text_batches(tokenizer, texts, languages, text_limit(config), request.batch_size, left=is_lm)
     where = f" from {languages[0]} to {languages[1]}" if languages[0] else ""
     return batches, f"{len(texts)} {'built-in ' if lines is None else ''}sentences{where}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from fairseq_moe_opt.moe.protocols import (
     ExpertKernel,
     ExpertStore,
     PaddedExchange,
+    RoutedKernel,
     Router,
     RoutingObserver,
     StepWatch,
@@ -27,7 +29,7 @@ from fairseq_moe_opt.moe.protocols import (
 )
 from fairseq_moe_opt.moe.report import LayerCounters, Watch
 from fairseq_moe_opt.moe.static_gating import static_moe
-from fairseq_moe_opt.moe.types import Dispatch, ExpertWave, Routing, Segment
+from fairseq_moe_opt.moe.types import Dispatch, ExpertWave, PackedExperts, Routing, Segment
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,9 @@ class MoELayer:
     def _dynamic(self, tokens: Tensor, routing: Routing, masked: Routing, dropout: ExpertDropout) -> Tensor:
         # Kernels compute no dropout.
         autograd = dropout.is_on or self._wants_autograd(tokens)
+        routed = None if autograd else self._routed(tokens, routing, masked)
+        if routed is not None:
+            return routed
         with self.counters.timed("dispatch", tokens.device):
             rows = tokens.to(compute_dtype(self.store.dtype, tokens.dtype))
             choices = dispatching.sort(routing)
@@ -188,6 +193,27 @@ class MoELayer:
         with self.counters.timed("combine", tokens.device):
             returned = self.exchange.combine(results, arrival.state).to(tokens.dtype)
             return dispatching.combine(returned, plan, masked.weight)
+
+    def _routed(self, tokens: Tensor, routing: Routing, masked: Routing) -> Tensor | None:
+        """All of the above in one go of a kernel that can do so, which never waits for the device.
+
+        None where it cannot, or where someone else wants to know what the host then does not: how many rows an expert
+        has. A profile has all of it under ``experts``.
+        """
+        kernel = self._kernel(tokens)
+        if not hasattr(kernel, "run_routed") or not isinstance(self.exchange, LocalExchange):
+            return None
+        if self._observers or self.look_ahead is not None or self.counters.expert_watch is not None:
+            return None
+        packed = _stack_of(self.store)
+        if packed is None:
+            return None
+        with self.counters.timed("experts", tokens.device):
+            rows = tokens.to(compute_dtype(self.store.dtype, tokens.dtype))
+            compute = cast(RoutedKernel, kernel).run_routed
+            output, counts = compute(rows, routing.expert_index, masked.weight, packed, self.config.activation)
+        self.counters.add_later(tokens.shape[0], counts, routing.dropped, kernel.name)
+        return output.to(tokens.dtype)
 
     def _tell_what_is_next(self, tokens: Tensor, plan: Dispatch) -> None:
         """When this layer's experts are computed: what is fetched for the next one must not be in their way."""
@@ -248,7 +274,7 @@ class MoELayer:
     def _kernel(self, rows: Tensor) -> ExpertKernel:
         key = (rows.device, self.store.dtype)
         if key not in self._kernels:
-            activation, apart = self.config.activation, self.store.transient
+            activation, apart = self.config.activation, _stack_of(self.store) is None
             self._kernels[key] = choose_kernel(self.config.kernel, *key, activation=activation, apart=apart).name
         return get_kernel(self._kernels[key])
 
@@ -276,3 +302,8 @@ class MoELayer:
         if training:
             return output * (torch.rand_like(output[:, :1]) >= probability)
         return output * (1 - probability)
+
+
+def _stack_of(store: ExpertStore) -> PackedExperts | None:
+    """All experts as one stack, from a store that keeps them so."""
+    return None if store.transient else next((wave.packed for wave in store.waves(())), None)

@@ -17,6 +17,8 @@ from fairseq_moe_opt.moe.types import (
     ExpertRead,
     ExpertWave,
     ExpertWeights,
+    PackedExperts,
+    RoutedResult,
     Routing,
     Segment,
 )
@@ -73,6 +75,8 @@ class ExpertStore(Protocol):
         self, needed: Sequence[int], rows: int | None = None, counts: Sequence[int] | None = None
     ) -> Iterator[ExpertWave]:
         """Give every expert of ``needed`` (ascending, no repeats) exactly once, in as many waves as memory asks for.
+
+        A store that keeps one stack of them all gives a wave with it even when none is needed.
 
         ``rows`` is how many rows the call sends to them together, where that is known: few rows mean that the next
         call will want other experts, many that it will want them all. ``counts`` is how many to each of ``needed``;
@@ -158,6 +162,18 @@ class ExpertKernel(Protocol):
 
     def run(self, rows: Tensor, segments: Sequence[Segment], wave: ExpertWave, activation: str, out: Tensor) -> None:
         """Write ``expert(rows[segment])`` into ``out[segment]`` for every segment; both are (R, D)."""
+
+
+class RoutedKernel(ExpertKernel, Protocol):
+    """A kernel that can also compute a layer from its routing alone, without the host learning any count."""
+
+    def run_routed(
+        self, rows: Tensor, expert_index: Tensor, weight: Tensor, packed: PackedExperts, activation: str
+    ) -> RoutedResult:
+        """Sum ``weight[t, k] * expert(rows[t])`` over token t's choices ``expert_index[t, k]``.
+
+        Both are (T, K), rows (T, D); an ``expert_index`` of E is not computed and its weight not read.
+        """
 
 
 class RoutingObserver(Protocol):

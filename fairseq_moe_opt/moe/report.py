@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from fairseq_moe_opt.moe.cache_report import BufferReport, CacheCounters, CacheReport
+from fairseq_moe_opt.moe.device_counts import DeviceCounts
 from fairseq_moe_opt.moe.exchange_report import ExchangeCounters, ExchangeReport, RebalanceReport
 from fairseq_moe_opt.moe.types import Dispatch
 
@@ -95,6 +97,7 @@ class LayerCounters:
     def __post_init__(self) -> None:
         self.watch: Watch | None = None
         self.expert_watch: Watch | None = None
+        self._on_device: dict[tuple[torch.device, str], DeviceCounts] = {}
         self.reset()
 
     def reset(self) -> None:
@@ -105,6 +108,8 @@ class LayerCounters:
             self._rows = [0] * self.num_experts
             self._seconds = dict.fromkeys(STEPS, 0.0) if self.profile else {}
             self._kernels: dict[str, None] = {}
+            for counts in self._on_device.values():
+                counts.reset()
         if self.exchange is not None:
             self.exchange.reset()
         if self.cache is not None:
@@ -125,6 +130,32 @@ class LayerCounters:
             for expert, count in enumerate(dispatch.counts):
                 if count:
                     self._rows[expert] += count
+
+    def add_later(self, num_tokens: int, counts: Tensor, dropped: Tensor | None, kernel: str) -> None:
+        """Count one forward whose (E,) ``counts`` and ``dropped`` only their device knows, without asking it."""
+        with self._lock:
+            key = (counts.device, kernel)
+            if key not in self._on_device:
+                self._on_device[key] = DeviceCounts(self.num_experts, counts.device)
+            self._on_device[key].add(num_tokens, counts, dropped)
+
+    def _collect(self) -> None:
+        """Take over what devices have counted."""
+        for (_, kernel), counts in self._on_device.items():
+            counted = counts.read()
+            if not counted.calls:
+                continue
+            counts.reset()
+            routed = sum(counted.rows)
+            self._calls += counted.calls
+            self._tokens += counted.tokens
+            self._routed += routed + counted.dropped
+            self._dropped += counted.dropped
+            self._computed += routed
+            self._active += counted.active
+            self._max_active = max(self._max_active, counted.max_active)
+            self._kernels[kernel] = None
+            self._rows = [mine + theirs for mine, theirs in zip(self._rows, counted.rows, strict=True)]
 
     def timed(self, step: str, device: torch.device) -> Context[None]:
         """Add the time of the ``with`` block to ``step``; does nothing unless profiling is on."""
@@ -160,6 +191,7 @@ class LayerCounters:
         exchange = None if self.exchange is None else self.exchange.snapshot()
         cache = None if self.cache is None else self.cache.snapshot()
         with self._lock:
+            self._collect()
             return LayerReport(
                 self.name,
                 self.phase,

@@ -299,6 +299,13 @@ class PackedExperts:
         )
 
 
+class RoutedResult(NamedTuple):
+    """What a kernel made of a whole layer: its (T, D) ``output``, and the (E,) ``counts`` of rows, on the device."""
+
+    output: Tensor
+    counts: Tensor
+
+
 @dataclass(frozen=True)
 class ExpertWave:
     """Experts that are in one place together, for a kernel to compute.

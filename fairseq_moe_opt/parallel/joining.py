@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -12,6 +13,10 @@ from torch import distributed as dist
 from torch.distributed.distributed_c10d import Store
 
 from fairseq_moe_opt.parallel.process_group import ProcessGroupRanks
+
+OTHERS_ASK_WITHIN = 10.0
+"""Seconds that rank 0 stays after it has failed, at most; it is as long only where several ranks are dead."""
+_FAILED = "launch/failed"
 
 
 def own_device(name: str | None) -> torch.device:
@@ -57,7 +62,20 @@ def one_message(without_a_word: BaseException) -> Iterator[None]:
 def _fails_first() -> bool:
     """Whether no other rank has said so before; True as well where that cannot be found out."""
     group = dist.group.WORLD
+    if group is None:
+        return True
     try:
-        return group is None or int(group.get_group_store().add("launch/failed", 1)) == 1
+        store = group.get_group_store()
+        is_first = int(store.add(_FAILED, 1)) == 1
+        if group.rank() == 0:
+            _let_others_ask(store, group.size())
     except RuntimeError:
         return True
+    return is_first
+
+
+def _let_others_ask(store: Store, size: int) -> None:
+    """Rank 0 has the store, which ends with it: let the ranks that fail with it ask first. One of them may be dead."""
+    deadline = time.monotonic() + OTHERS_ASK_WITHIN
+    while int(store.add(_FAILED, 0)) < size - 1 and time.monotonic() < deadline:
+        time.sleep(0.05)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fairseq_moe_opt.errors import InputError
+from fairseq_moe_opt.reproduction.config import Plan
 from fairseq_moe_opt.reproduction.context import Context
 from fairseq_moe_opt.reproduction.drawing import save
 from fairseq_moe_opt.reproduction.machine import describe
@@ -75,7 +76,8 @@ def reproduce(context: Context, output: Output, only: Sequence[str] = ()) -> lis
             json.dumps({"scale": context.plan.scale_name, "plan": asdict(context.plan), "sections": kept}, indent=1)
             + "\n",
         )
-        _write_page(context, output, kept)
+        output.page.parent.mkdir(parents=True, exist_ok=True)
+        _write_whole(output.page, page_text(context.plan, output, kept))
     return [Section.from_dict(one) for one in kept.values()]
 
 
@@ -88,13 +90,13 @@ def _draw(section: Section, output: Output) -> list[dict[str, str]]:
     return found
 
 
-def _write_page(context: Context, output: Output, kept: Mapping[str, Mapping[str, Any]]) -> None:
+def page_text(plan: Plan, output: Output, sections: Mapping[str, Mapping[str, Any]]) -> str:
+    """The page on ``sections``, which are those of a ``results.json``."""
     told = []
-    for content in kept.values():
+    for content in sections.values():
         pictures = tuple(Picture(output.link(one["file"]), one["title"]) for one in content["pictures"])
         told.append(Told(Section.from_dict(content), content["machine"], content["minutes"], pictures))
-    output.page.parent.mkdir(parents=True, exist_ok=True)
-    _write_whole(output.page, page_of(context.plan, told, output.link(RESULTS)))
+    return page_of(plan, told, output.link(RESULTS))
 
 
 def _read(path: Path, scale: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from fairseq_moe_opt.errors import ParallelError
 from fairseq_moe_opt.parallel import ALL_REDUCE, ALL_TO_ALL, ProcessGroupRanks
 from fairseq_moe_opt.placement import Placement
 from hf_integration import rank_bench
-from hf_integration.families.nllb_moe import FAMILY
+from hf_integration.families.nllb_moe import trace_layers
 from hf_integration.launch import app
 from hf_integration.rank_bench import BenchResult, Way, Work, made_up_rows, text_batches
 from hf_integration.synced import SharedDecoding
@@ -36,7 +36,7 @@ FORWARDS = 2 * (1 + 4)
 
 def ways() -> list[Way]:
     """Both exchanges in order and with the experts of the two ranks swapped, but one."""
-    layers = FAMILY.trace_layers(tiny_model())
+    layers = trace_layers(tiny_model())
     swapped = {layer.name: ((4, 5, 6, 7, 0), (1, 2, 3)) for layer in layers}
     placements = (None, Placement(swapped, 8, 2, "swapped"))
     return [Way(exchange, one) for one in placements for exchange in (ALL_TO_ALL, ALL_REDUCE)]

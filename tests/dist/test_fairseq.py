@@ -326,7 +326,9 @@ def test_a_rank_that_is_killed_stops_all_with_one_message(tmp_path: Path) -> Non
             rank.communicate()
     assert time.monotonic() < killed + 2 * TIMEOUT
     assert all(ranks[rank].returncode == 1 for rank in (0, 2))
-    (message,) = [line for line in said.splitlines() if ": error: " in line]
+    messages = [line for line in said.splitlines() if ": error: " in line]
+    assert len(messages) == 1, messages
+    (message,) = messages
     assert "no answer from rank 1 (dead or hanging)" in message and "Traceback" not in said
     assert "Generate test" not in output.read_text(encoding="utf-8")
 

@@ -24,7 +24,7 @@ from fairseq_moe_opt.parallel import ALL_REDUCE, ALL_TO_ALL, ProcessGroupRanks
 from fairseq_moe_opt.placement import Cluster, LoadHistory, Placement, place, strategy_names
 from fairseq_moe_opt.placement.strategies import get_strategy
 from hf_integration import ExpertParallel, from_pretrained, generate_batches
-from hf_integration.families.nllb_moe import FAMILY
+from hf_integration.families.nllb_moe import expert_pairs, sparse_blocks, trace_layers
 from hf_integration.translate import encode_texts, load_tokenizer, pad_rows
 from tests.helpers.near_ties import CLOSE, first_gaps
 from tests.helpers.nllb import VOCABULARY, tiny_model
@@ -119,16 +119,16 @@ def run_cases(model: Model, cases: dict[str, Case]) -> dict[str, tuple[list[list
 
 
 def holds_its_own(model: Any, case: Case, ranks: ProcessGroupRanks) -> bool:
-    layers = FAMILY.trace_layers(model)
+    layers = trace_layers(model)
     placement = case.placement or placed(layers, "contiguous", ranks.size)
     wanted = {layer.name: set(placement.layers[layer.name][ranks.rank]) for layer in layers}
     buffer = model.moe.report().buffer
     if buffer is not None:
         return bool(buffer.experts == sum(map(len, wanted.values())))
     return all(
-        {number for number, pair in enumerate(FAMILY.expert_pairs(block)) if pair[0].weight.device.type != "meta"}
+        {number for number, pair in enumerate(expert_pairs(block)) if pair[0].weight.device.type != "meta"}
         == wanted[name]
-        for name, block in FAMILY.sparse_blocks(model).items()
+        for name, block in sparse_blocks(model).items()
     )
 
 
@@ -153,7 +153,7 @@ def check(model: Model, num_ranks: int, cases: dict[str, Case]) -> None:
 
 @pytest.mark.parametrize("num_ranks", SHARDS)
 def test_every_strategy_gives_the_tokens_of_one_process(num_ranks: int) -> None:
-    layers = FAMILY.trace_layers(from_pretrained(DEMO / "model", dtype="float32"))
+    layers = trace_layers(from_pretrained(DEMO / "model", dtype="float32"))
     cases = {"contiguous, all-reduce": Case(None, ALL_REDUCE)}
     buffered = {"expert_memory": "40%"}
     for number, strategy in enumerate(strategy_names()):
@@ -170,7 +170,7 @@ def test_every_strategy_gives_the_tokens_of_one_process(num_ranks: int) -> None:
 @pytest.mark.parametrize("num_ranks", SHARDS)
 def test_a_number_of_experts_that_ranks_do_not_divide(num_ranks: int, tmp_path: Path) -> None:
     model = tiny(tmp_path)
-    layers = FAMILY.trace_layers(from_pretrained(tmp_path, dtype="float32"))
+    layers = trace_layers(from_pretrained(tmp_path, dtype="float32"))
     greedy = placed(layers, "greedy", num_ranks)
     assert len(set(greedy.slots_per_rank(layers[0].name))) == 2
     cases = {

@@ -29,6 +29,20 @@ def run(folder: str) -> list[Any]:
     return results
 
 
+def run_undo(folder: str) -> list[bool]:
+    model = from_pretrained(folder, parallel=ExpertParallel(ProcessGroupRanks()))
+    elsewhere = any(parameter.is_meta for parameter in model.parameters())
+    model.moe.undo()
+    original = tiny_switch().state_dict()
+    return [elsewhere, all(torch.equal(value, original[name]) for name, value in model.state_dict().items())]
+
+
+def test_undo_reads_the_experts_of_the_other_process(tmp_path: Path) -> None:
+    tiny_switch().save_pretrained(tmp_path)
+    results = values_of(start_ranks(2, run_undo, str(tmp_path), timeout=60.0, deadline=90.0))
+    assert results == [[True, True]] * 2
+
+
 def test_two_processes_give_the_tokens_of_one(tmp_path: Path) -> None:
     tiny_switch(expert_capacity=2).save_pretrained(tmp_path)
     model = from_pretrained(tmp_path, capacity="checkpoint")

@@ -9,7 +9,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = (
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "examples" / "language_model" / "README.md",
+)
 
 _FENCE = re.compile(r"^```(\w*)(?: (\w+))?\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 _TABLE = re.compile(r"^<!-- table: .*?^<!-- end of table -->$", flags=re.MULTILINE | re.DOTALL)
@@ -29,7 +33,7 @@ _UNITS: Mapping[str, float] = {
     "minutes": 60,
 }
 _ANY_UNIT = "|".join(sorted(map(re.escape, _UNITS), key=len, reverse=True))
-_MEASURE = re.compile(rf"(?<![\w.=\"'])(?P<digits>\d[\d,]*(?:\.\d+)?)\s?(?P<unit>{_ANY_UNIT})(?![\w/])")
+_MEASURE = re.compile(rf"(?<![\w.=^\"'])(?P<digits>\d[\d,]*(?:\.\d+)?)\s?(?P<unit>{_ANY_UNIT})(?![\w/])")
 
 
 @dataclass(frozen=True)

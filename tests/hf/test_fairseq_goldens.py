@@ -164,7 +164,7 @@ def test_routing_is_the_branches_own(name: str, batch: str) -> None:
         real = golden[f"{batch}.{tokens}"].reshape(-1) != PAD
         padding = None if model.config.router_ignore_padding_tokens else ~real
         for layer, logits in zip((1, 3), getattr(out, f"{phase}_router_logits"), strict=True):
-            router = nllb_moe.FAMILY.layer_spec(f"model.{phase}.layers.{layer}.ffn", model.config).router
+            router = nllb_moe.layer_spec(f"model.{phase}.layers.{layer}.ffn", model.config).router
             routing = router.route(logits, padding)
             record = f"{batch}.router.{phase}.layers.{layer}.moe_layer"
             weight = golden[f"{record}.top2_weight"]

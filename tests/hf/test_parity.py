@@ -122,7 +122,7 @@ def test_router_logits_lead_to_the_recorded_combine_weights(name: str, setting: 
     for phase, mask in (("encoder", "attention_mask"), ("decoder", "decoder_attention_mask")):
         padding = None if model.config.router_ignore_padding_tokens else given[mask].reshape(-1) == 0
         for layer, logits in zip((1, 3), getattr(out, f"{phase}_router_logits"), strict=True):
-            spec = nllb_moe.FAMILY.layer_spec(f"model.{phase}.layers.{layer}.ffn", model.config)
+            spec = nllb_moe.layer_spec(f"model.{phase}.layers.{layer}.ffn", model.config)
             routing = spec.router.route(logits, padding)
             combine = torch.zeros(logits.shape[0], routing.num_experts + 1)
             combine.scatter_add_(1, routing.expert_index, routing.weight)

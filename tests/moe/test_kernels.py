@@ -27,7 +27,7 @@ def test_unknown_name_lists_the_known_ones() -> None:
 def test_a_name_is_taken_once() -> None:
     with pytest.raises(OptionError, match="'naive' is taken"):
         register_kernel(NaiveKernel())
-    assert kernel_names() == ("naive", "loop", "grouped_mm", "fused")
+    assert kernel_names() == ("naive", "loop", "grouped_mm", "fused", "triton")
 
 
 def test_refusal_names_the_alternative(monkeypatch: pytest.MonkeyPatch) -> None:

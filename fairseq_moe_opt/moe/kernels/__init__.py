@@ -13,6 +13,7 @@ from fairseq_moe_opt.moe.kernels.fused import FusedKernel
 from fairseq_moe_opt.moe.kernels.grouped_mm import GroupedMMKernel
 from fairseq_moe_opt.moe.kernels.loop import LoopKernel
 from fairseq_moe_opt.moe.kernels.naive import NaiveKernel
+from fairseq_moe_opt.moe.kernels.triton_grouped import TritonKernel
 from fairseq_moe_opt.moe.protocols import ExpertKernel
 
 _REGISTRY: dict[str, ExpertKernel] = {}
@@ -71,17 +72,22 @@ def choose_kernel(
 
 def _fastest(device: torch.device, dtype: torch.dtype, activation: str | None, apart: bool) -> str:
     """On CPU the compiled kernel where it is there, else threads over experts; on CUDA grouped GEMMs save launches."""
-    if device.type == "cuda" and not apart and get_kernel("grouped_mm").refusal(device, dtype) is None:
-        return "grouped_mm"
+    if device.type == "cuda" and not apart:
+        if get_kernel("grouped_mm").refusal(device, dtype) is None:
+            return "grouped_mm"
+        known = activation is None or activation in TritonKernel.activations
+        if known and _TRITON.refusal(device, dtype) is None and _TRITON.suits(device, dtype):
+            return "triton"
     known = activation is None or activation in FusedKernel.activations
     return "fused" if known and get_kernel("fused").refusal(device, dtype) is None else "loop"
 
 
-_LOOP = LoopKernel()
+_LOOP, _TRITON = LoopKernel(), TritonKernel()
 register_kernel(NaiveKernel())
 register_kernel(_LOOP)
 register_kernel(GroupedMMKernel())
 register_kernel(FusedKernel(_LOOP))
+register_kernel(_TRITON)
 
 __all__ = [
     "AUTO",
