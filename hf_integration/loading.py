@@ -20,6 +20,9 @@ from transformers.models.nllb_moe.modeling_nllb_moe import (
     NllbMoeForConditionalGeneration,
     NllbMoeSinusoidalPositionalEmbedding,
 )
+from transformers.models.switch_transformers.modeling_switch_transformers import (
+    SwitchTransformersForConditionalGeneration,
+)
 
 from fairseq_moe_opt.build import EXPERT_DTYPES, ExpertBuffer, build_buffer, require_ranks
 from fairseq_moe_opt.checkpoints import CheckpointIndex, TensorRecord, open_index, read_tensor
@@ -33,7 +36,7 @@ from hf_integration.buffered import Reason, keep_in_files, refuse_without_expert
 from hf_integration.expert_dtypes import prepare_experts, read_int8, resolve_expert_dtype
 from hf_integration.expert_parallel import Compared, ExpertParallel, spread_over_ranks
 from hf_integration.fairseq_lm import FairseqMoELMForCausalLM, register_models
-from hf_integration.families import fairseq_lm, nllb_moe, paired_family_of
+from hf_integration.families import fairseq_lm, nllb_moe, paired_family_of, switch_transformers
 from hf_integration.optimize import install
 from hf_integration.stacked_loading import StackedSource, load_stacked, stacked_model_class
 
@@ -41,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 MODEL_CLASSES: Mapping[str, type[PreTrainedModel]] = {
     nllb_moe.MODEL_TYPE: NllbMoeForConditionalGeneration,
+    switch_transformers.MODEL_TYPE: SwitchTransformersForConditionalGeneration,
     fairseq_lm.MODEL_TYPE: FairseqMoELMForCausalLM,
 }
 """Model types of ``config.json`` that ``from_pretrained`` loads."""
@@ -58,7 +62,7 @@ def from_pretrained(
     parallel: ExpertParallel | None = None,
     **options: Any,
 ) -> PreTrainedModel:
-    """Load NLLB-MoE, a language model of fairseq's, or a model behind Transformers' ``ExpertsInterface``, optimised.
+    """Load NLLB-MoE, Switch, a language model of fairseq's, or a model behind ``ExpertsInterface``, optimised.
 
     ``model.moe`` is the handle.
 
@@ -282,7 +286,7 @@ class _ReadLeftOut:
         # Which experts are elsewhere is seen now: some may have changed ranks since the model was loaded.
         absent = {
             path: linear
-            for path, linear in nllb_moe.expert_linears(self.model)
+            for path, linear in paired_family_of(self.model).expert_linears(self.model)
             if any(tensor.is_meta for _, tensor in _tensors(linear))
         }
         require_memory(absent.values(), self.device)

@@ -50,6 +50,18 @@ class PaddingMasks(threading.local):
             return None
         return self.finished.to(hidden_states.device).repeat_interleave(length)
 
+    def not_routed(
+        self, given: Tensor | None, hidden_states: Tensor, phase: str, *, skip_padding: bool
+    ) -> Tensor | None:
+        """(B*T,) bool: ``unwanted`` rows, and padding if that is not to be routed; None where all rows are."""
+        unwanted = self.unwanted(hidden_states, phase)
+        if not skip_padding:
+            return unwanted
+        padding = self.padding(given, hidden_states, phase)
+        if padding is None or unwanted is None:
+            return unwanted if padding is None else padding
+        return padding | unwanted
+
     def __deepcopy__(self, memo: dict[int, object]) -> PaddingMasks:
         return PaddingMasks()
 
@@ -62,7 +74,7 @@ def watch_padding(model: nn.Module, phases: Sequence[str], patches: Patches) -> 
     masks = PaddingMasks()
     for name, module in model.named_modules():
         phase = name.rpartition(".")[2]
-        if phase in phases and hasattr(module, "layers"):
+        if phase in phases and (hasattr(module, "layers") or hasattr(module, "block")):  # T5's stacks have blocks
             watch_stack(module, phase, masks, patches)
     return masks
 

@@ -131,10 +131,19 @@ class MoELayer:
         *,
         training: bool = False,
         with_aux_loss: bool = False,
+        sequences: int | None = None,
     ) -> LayerOutput:
-        """Run the layer on (T, D) ``tokens``; ``padding`` (T,) bool marks rows that are routed nowhere (output 0)."""
+        """Run the layer on (T, D) ``tokens``; ``padding`` (T,) bool marks rows that are routed nowhere (output 0).
+
+        With ``sequences``, the tokens are those of so many of equal length, one after the other. The gate is then given
+        them as (sequences, length, D), and a capacity rule that is one of each sequence binds as such.
+        """
         with self.counters.timed("routing", tokens.device):
-            logits = self._gate(tokens)
+            if sequences is None:
+                logits = self._gate(tokens)
+            else:
+                shaped = tokens.view(sequences, tokens.shape[0] // max(sequences, 1), tokens.shape[1])
+                logits = self._gate(shaped).view(tokens.shape[0], self.router.num_experts)
             routing = self.router.route(
                 logits,
                 padding,
@@ -142,6 +151,7 @@ class MoELayer:
                 model_dtype=tokens.dtype,
                 with_slots=self.config.gating == "static",
                 with_aux_loss=with_aux_loss,
+                sequences=sequences,
             )
         output = self.apply(tokens, routing, training=training)
         return LayerOutput(output, routing, logits)

@@ -44,8 +44,12 @@ class Router(Protocol):
         model_dtype: torch.dtype | None = None,
         with_slots: bool = False,
         with_aux_loss: bool = False,
+        sequences: int | None = None,
     ) -> Routing:
-        """Route (T, E) logits; ``padding`` is (T,) bool, True where a row is padding; weights have ``model_dtype``."""
+        """Route (T, E) logits; ``padding`` is (T,) bool, True where a row is padding; weights have ``model_dtype``.
+
+        The rows are those of so many ``sequences`` of equal length, one after the other: a capacity may be of each.
+        """
 
 
 class ExpertStore(Protocol):

@@ -29,11 +29,14 @@ class CapacityRule:
         fixed: used in place of the training formula when given (Transformers' ``expert_capacity``).
         eval_length: when given, C = ceil(fraction * eval_length) instead of ceil(fraction * T)
             (fairseq's ``moe_eval_capacity_max_seqlen``: maximal positions times batch).
+        per_sequence: every sequence of a batch has C rows of each expert to itself (Switch Transformers); T is then
+            its length.
     """
 
     eval_token_fraction: float = 1.0
     fixed: int | None = None
     eval_length: int | None = None
+    per_sequence: bool = False
 
     def capacity(self, num_tokens: int, num_experts: int, top_k: int, *, training: bool) -> int:
         """C for ``num_tokens`` rows, padding included. Training formula: K * ceil(T / E)."""
@@ -94,6 +97,7 @@ def _serve(
     *,
     training: bool,
     with_slots: bool,
+    sequences: int | None = None,
     row_order: Callable[[], Tensor | None] = lambda: None,
 ) -> _Served:
     """Give every choice a slot in its expert's buffer, and send those beyond the capacity to expert E.
@@ -101,6 +105,16 @@ def _serve(
     Slots are computed only where they are wanted or can matter: a token's experts differ, so none is asked for more
     than T rows, and a capacity of T or more drops nothing.
     """
+    if rule is not None and rule.per_sequence and sequences is not None and sequences > 1:
+        return _serve_apart(
+            rule,
+            index,
+            num_experts,
+            training=training,
+            with_slots=with_slots,
+            sequences=sequences,
+            row_order=row_order,
+        )
     num_tokens, top_k = index.shape
     capacity = None if rule is None else rule.capacity(num_tokens, num_experts, top_k, training=training)
     can_bind = capacity is not None and capacity < num_tokens
@@ -111,6 +125,35 @@ def _serve(
         return _Served(index, None, slots, None)
     over = (slots >= capacity) & (index != num_experts)
     return _Served(index.masked_fill(over, num_experts), capacity, slots, over.sum())
+
+
+def _serve_apart(
+    rule: CapacityRule,
+    index: Tensor,
+    num_experts: int,
+    *,
+    training: bool,
+    with_slots: bool,
+    sequences: int,
+    row_order: Callable[[], Tensor | None],
+) -> _Served:
+    """``_serve`` with C rows an expert for every one of so many ``sequences`` of equal length.
+
+    An expert's buffer has a part of C slots for each of them.
+    """
+    num_tokens, top_k = index.shape
+    length = num_tokens // sequences
+    capacity = rule.capacity(length, num_experts, top_k, training=training)
+    if not (with_slots or capacity < length):
+        return _Served(index, capacity * sequences, None, None)
+    sequence = torch.arange(sequences, device=index.device).repeat_interleave(length).unsqueeze(1)
+    # Each sequence's experts as if they were experts of their own, the one for choices not routed among them.
+    apart = index + sequence * (num_experts + 1)
+    slots = first_come_slots(apart, sequences * (num_experts + 1) - 1, row_order())
+    full = slots >= capacity
+    over = full & (index != num_experts)
+    slots = torch.where(full, capacity * sequences, slots + sequence * capacity)
+    return _Served(index.masked_fill(over, num_experts), capacity * sequences, slots, over.sum())
 
 
 def _normalised(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
@@ -163,6 +206,7 @@ class GShardTop2Router:
         model_dtype: torch.dtype | None = None,
         with_slots: bool = False,
         with_aux_loss: bool = False,
+        sequences: int | None = None,
     ) -> Routing:
         """Route (T, E) logits; ``padding`` (T,) bool marks rows that go nowhere.
 
@@ -186,6 +230,7 @@ class GShardTop2Router:
             self.num_experts,
             training=training,
             with_slots=with_slots,
+            sequences=sequences,
             row_order=lambda: self._row_order(probabilities),
         )
         weight = self._weights(served.index, first, second).to(model_dtype)
@@ -227,11 +272,13 @@ class Top1Router:
         num_experts: E.
         capacity: the dropping rule, or None.
         fp32_gating: softmax in float32 whatever the logits' dtype.
+        round_early: round probabilities to the model's dtype before the choice, as Transformers does.
     """
 
     num_experts: int
     capacity: CapacityRule | None = None
     fp32_gating: bool = True
+    round_early: bool = False
 
     @property
     def top_k(self) -> int:
@@ -247,17 +294,22 @@ class Top1Router:
         model_dtype: torch.dtype | None = None,
         with_slots: bool = False,
         with_aux_loss: bool = False,
+        sequences: int | None = None,
     ) -> Routing:
         """Route (T, E) logits; ``padding`` (T,) bool marks rows that go nowhere.
 
         Weights have ``model_dtype``, the logits' own when it is not given.
         """
         probabilities = torch.softmax(logits.float() if self.fp32_gating else logits, dim=-1)
+        if self.round_early:
+            probabilities = probabilities.to(model_dtype or logits.dtype)
         weight, index = probabilities.max(dim=-1, keepdim=True)
         if padding is not None:
             index = index.masked_fill(padding.unsqueeze(1), self.num_experts)
         aux_loss = load_balancing_loss(probabilities, index[:, 0]) if with_aux_loss else None
-        served = _serve(self.capacity, index, self.num_experts, training=training, with_slots=with_slots)
+        served = _serve(
+            self.capacity, index, self.num_experts, training=training, with_slots=with_slots, sequences=sequences
+        )
         weight = (weight * (served.index != self.num_experts)).to(model_dtype or logits.dtype)
         return Routing(served.index, weight, self.num_experts, served.capacity, served.slot, served.dropped, aux_loss)
 
@@ -289,6 +341,7 @@ class SoftmaxTopKRouter:
         model_dtype: torch.dtype | None = None,
         with_slots: bool = False,
         with_aux_loss: bool = False,
+        sequences: int | None = None,
     ) -> Routing:
         """Route (T, E) logits; ``padding`` (T,) bool marks rows that go nowhere. ``training`` changes nothing here."""
         probabilities = torch.softmax(logits.float(), dim=-1)
@@ -325,6 +378,7 @@ class GivenRouting:
         model_dtype: torch.dtype | None = None,
         with_slots: bool = False,
         with_aux_loss: bool = False,
+        sequences: int | None = None,
     ) -> Routing:
         """Never asked."""
         raise MoEError("the host model routes, this layer is given its choices")

@@ -13,7 +13,7 @@ from fairseq_moe_opt.errors import NoMoELayerError
 from fairseq_moe_opt.moe.trace import TraceLayer
 from fairseq_moe_opt.options import MoEOptions
 from fairseq_moe_opt.parallel import ExpertSpread
-from hf_integration.families import experts_interface, fairseq_lm, nllb_moe
+from hf_integration.families import experts_interface, fairseq_lm, nllb_moe, switch_transformers
 from hf_integration.patching import Installed
 
 
@@ -58,7 +58,7 @@ class PairedFamily(Family, Protocol):
         """The sparse layers by name, in the model's order."""
 
     def expert_pairs(self, block: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
-        """(fc1, fc2) of every expert of a layer."""
+        """The two linear layers of every expert of a layer, in the order they are computed in."""
 
     def expert_layers(self, model: nn.Module, records: Callable[[str], TensorRecord]) -> tuple[ExpertLayer, ...]:
         """Where the experts of every layer lie; ``records`` finds a parameter by its name in ``model``."""
@@ -67,7 +67,7 @@ class PairedFamily(Family, Protocol):
         """Name, phase and E of every layer."""
 
 
-PAIRED: tuple[PairedFamily, ...] = (nllb_moe, fairseq_lm)
+PAIRED: tuple[PairedFamily, ...] = (nllb_moe, switch_transformers, fairseq_lm)
 FAMILIES: tuple[Family, ...] = (*PAIRED, experts_interface)
 
 

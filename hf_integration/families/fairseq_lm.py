@@ -139,11 +139,7 @@ class _BlockForward:
     def _not_routed(self, hidden: Tensor) -> Tensor | None:
         """(B*T,) bool: padding, and rows whose results are thrown away."""
         phase = self._layer.counters.phase
-        unwanted = self._masks.unwanted(hidden, phase)
-        padding = None if self._routes_padding else self._masks.padding(None, hidden, phase)
-        if padding is None or unwanted is None:
-            return unwanted if padding is None else padding
-        return padding | unwanted
+        return self._masks.not_routed(None, hidden, phase, skip_padding=not self._routes_padding)
 
 
 class _PositionsForward:

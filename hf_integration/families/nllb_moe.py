@@ -13,9 +13,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, cast
 
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers.models.nllb_moe.configuration_nllb_moe import NllbMoeConfig
-from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeSparseMLP, NllbMoeTop2Router
+from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeSparseMLP
 
 from fairseq_moe_opt.build import ExpertBuffer, ExpertLayer, LayerSpec
 from fairseq_moe_opt.checkpoints import TensorRecord
@@ -24,7 +23,7 @@ from fairseq_moe_opt.moe.trace import TraceLayer
 from fairseq_moe_opt.options import MoEOptions
 from fairseq_moe_opt.parallel import ExpertSpread
 from hf_integration.families import paired
-from hf_integration.families.paired import NO_EXPERTS, PairedExperts, phase_of
+from hf_integration.families.paired import NO_EXPERTS, PairedExperts, QuietGate, RouterForward, RouterGate, phase_of
 from hf_integration.padding import PaddingMasks
 from hf_integration.patching import Installed, Patches
 
@@ -106,45 +105,12 @@ class _Host:
 
     def gates(self, block: nn.Module, patches: Patches) -> tuple[paired.Gate, paired.Gate]:
         router = cast(NllbMoeSparseMLP, block).router
-        patches.replace_forward(router, _GateForward(router))
-        return _Gate(router), _QuietGate(router)
+        forward = RouterForward(router)
+        patches.replace_forward(router, forward)
+        return RouterGate(router), QuietGate(forward)
 
     def forward(self, block: nn.Module, layer: MoELayer, masks: PaddingMasks) -> Callable[..., Any]:
         return _BlockForward(cast(NllbMoeSparseMLP, block), layer, masks)
-
-
-class _GateForward:
-    """``NllbMoeTop2Router.forward`` cut down to its logits, which ``output_router_logits`` records (place 2)."""
-
-    def __init__(self, router: NllbMoeTop2Router) -> None:
-        self._router = router
-        self.__wrapped__ = type(router).forward.__get__(router)
-
-    def __call__(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> tuple[None, None, Tensor]:
-        classifier = self._router.classifier
-        dtype = self._router.dtype
-        bias = None if classifier.bias is None else classifier.bias.to(dtype)
-        return None, None, functional.linear(hidden_states.to(dtype), classifier.weight.to(dtype), bias)
-
-
-class _Gate:
-    """The layer's gate: calls the router module, so that its forward hooks run."""
-
-    def __init__(self, router: nn.Module) -> None:
-        self._router = router
-
-    def __call__(self, tokens: Tensor) -> Tensor:
-        return cast(Tensor, self._router(tokens)[2])
-
-
-class _QuietGate:
-    """The same logits without the router's hooks, for a guess that no one else is to see."""
-
-    def __init__(self, router: NllbMoeTop2Router) -> None:
-        self._forward = _GateForward(router)
-
-    def __call__(self, tokens: Tensor) -> Tensor:
-        return self._forward(tokens)[2]
 
 
 class _BlockForward:
@@ -157,20 +123,9 @@ class _BlockForward:
 
     def __call__(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         batch, length, width = hidden_states.shape
-        padding = self._padding(padding_mask, hidden_states)
+        # router_ignore_padding_tokens=False means that padding is not routed, whatever its name suggests.
+        skip_padding = not self._block.router.router_ignore_padding_tokens
+        not_routed = self._masks.not_routed(padding_mask, hidden_states, self._phase, skip_padding=skip_padding)
         tokens = hidden_states.reshape(batch * length, width)
-        result = self._layer(tokens, padding, training=self._block.training)
+        result = self._layer(tokens, not_routed, training=self._block.training)
         return result.output.view(batch, length, width)
-
-    def _padding(self, given: Tensor | None, hidden_states: Tensor) -> Tensor | None:
-        """(B*T,) bool, or None when every token is routed: no padding, or padding is to be routed like any token.
-
-        ``router_ignore_padding_tokens=False`` means that padding is not routed, whatever its name suggests.
-        """
-        unwanted = self._masks.unwanted(hidden_states, self._phase)
-        if self._block.router.router_ignore_padding_tokens:
-            return unwanted
-        padding = self._masks.padding(given, hidden_states, self._phase)
-        if padding is None or unwanted is None:
-            return unwanted if padding is None else padding
-        return padding | unwanted

@@ -1,4 +1,4 @@
-"""What families have in common whose experts are pairs of linear layers, ``fc1`` and ``fc2``, in modules."""
+"""What families have in common whose experts are pairs of linear layers in modules of their own."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from fairseq_moe_opt.buffering import BufferedExperts
 from fairseq_moe_opt.build import (
@@ -38,8 +39,9 @@ NO_EXPERTS: Mapping[str, Collection[int]] = MappingProxyType({})
 _LINEARS = ("fc1", "fc2")
 
 Pairs = Sequence[tuple[nn.Module, nn.Module]]
-"""(fc1, fc2) of experts."""
+"""The two linear layers of experts, in the order they are computed in."""
 Gate = Callable[[Tensor], Tensor]
+"""(..., D) to (..., E): of rows, or of sequences where the block's forward gives the layer their number."""
 
 
 def phase_of(name: str) -> str:
@@ -52,21 +54,24 @@ class PairedExperts:
     """The sparse layers of a model.
 
     Attributes:
-        blocks: by name, in the model's order; each has ``num_experts`` and a container ``experts``.
+        blocks: by name, in the model's order; each has a container ``experts``.
         label: what that container calls an expert, by its number.
+        names: what an expert calls its two linear layers, which are ``fc1`` and ``fc2`` to the engine.
     """
 
     blocks: Mapping[str, nn.Module]
     label: str
+    names: tuple[str, str] = _LINEARS
 
     def pairs(self, block: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
-        """(fc1, fc2) of every expert, by name: the container may hold other modules."""
+        """The two linear layers of every expert, by name: the container may hold other modules."""
+        first, second = self.names
         labels = map(self.label.format, range(num_experts(block)))
         experts = [block.get_submodule(f"experts.{label}") for label in labels]
-        return [(expert.get_submodule("fc1"), expert.get_submodule("fc2")) for expert in experts]
+        return [(expert.get_submodule(first), expert.get_submodule(second)) for expert in experts]
 
     def linears(self, but_of: Mapping[str, Collection[int]] = NO_EXPERTS) -> Iterator[tuple[str, nn.Module]]:
-        """Name and module of every expert's ``fc1`` and ``fc2``, in the model's order.
+        """Name and module of both linear layers of every expert, in the model's order.
 
         ``but_of``: experts of a layer, by its name, that are left out.
         """
@@ -74,7 +79,7 @@ class PairedExperts:
             for index, pair in enumerate(self.pairs(block)):
                 if index in but_of.get(name, ()):
                     continue
-                for layer, linear in zip(_LINEARS, pair, strict=True):
+                for layer, linear in zip(self.names, pair, strict=True):
                     yield f"{name}.experts.{self.label.format(index)}.{layer}", linear
 
     def layers(self, records: Callable[[str], TensorRecord]) -> tuple[ExpertLayer, ...]:
@@ -84,8 +89,8 @@ class PairedExperts:
                 name,
                 phase_of(name),
                 tuple(
-                    _records(f"{name}.experts.{self.label.format(index)}", records)
-                    for index in range(num_experts(block))
+                    self._records(f"{name}.experts.{self.label.format(index)}", pair, records)
+                    for index, pair in enumerate(self.pairs(block))
                 ),
             )
             for name, block in self.blocks.items()
@@ -94,6 +99,18 @@ class PairedExperts:
     def trace_layers(self) -> tuple[TraceLayer, ...]:
         """Name, phase and E of every layer."""
         return tuple(TraceLayer(name, phase_of(name), num_experts(block)) for name, block in self.blocks.items())
+
+    def _records(
+        self, prefix: str, pair: tuple[nn.Module, nn.Module], find: Callable[[str], TensorRecord]
+    ) -> dict[str, TensorRecord]:
+        """An expert's tensors by the engine's names for them."""
+        records: dict[str, TensorRecord] = {}
+        for one, name, linear in zip(_LINEARS, self.names, pair, strict=True):
+            leaves = ("weight",) if linear.bias is None else ("weight", "bias")
+            records |= {f"{one}_{leaf}": find(f"{prefix}.{name}.{leaf}") for leaf in leaves}
+            if records[f"{one}_weight"].dtype == torch.int8:
+                records[f"{one}_scale"] = find(f"{prefix}.{name}.weight{SCALE_SUFFIX}")
+        return records
 
 
 class Host(Protocol):
@@ -150,16 +167,45 @@ def install(
 
 
 def num_experts(block: nn.Module) -> int:
-    """E of a block."""
-    return cast(int, block.num_experts)
+    """E of a block, which it knows itself, or its router."""
+    knows = block if hasattr(block, "num_experts") else block.get_submodule("router")
+    return cast(int, knows.num_experts)
 
 
-def _records(prefix: str, find: Callable[[str], TensorRecord]) -> dict[str, TensorRecord]:
-    records = {f"{one}_{leaf}": find(f"{prefix}.{one}.{leaf}") for one in _LINEARS for leaf in ("weight", "bias")}
-    for one in _LINEARS:
-        if records[f"{one}_weight"].dtype == torch.int8:
-            records[f"{one}_scale"] = find(f"{prefix}.{one}.weight{SCALE_SUFFIX}")
-    return records
+class RouterForward:
+    """A router's forward cut down to its logits, in ``router_dtype``, which ``output_router_logits`` records (place 2).
+
+    The classifier stays in its own dtype: nothing of the model is cast for good.
+    """
+
+    def __init__(self, router: Any) -> None:
+        self._router = router
+        self.__wrapped__ = type(router).forward.__get__(router)
+
+    def __call__(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> tuple[None, None, Tensor]:
+        classifier, dtype = self._router.classifier, self._router.dtype
+        bias = None if classifier.bias is None else classifier.bias.to(dtype)
+        return None, None, functional.linear(hidden_states.to(dtype), classifier.weight.to(dtype), bias)
+
+
+class RouterGate:
+    """A layer's gate: calls the router module, so that its forward hooks run."""
+
+    def __init__(self, router: nn.Module) -> None:
+        self._router = router
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        return cast(Tensor, self._router(tokens)[2])
+
+
+class QuietGate:
+    """The same logits without the router's hooks, for a guess that no one else is to see."""
+
+    def __init__(self, forward: RouterForward) -> None:
+        self._forward = forward
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        return self._forward(tokens)[2]
 
 
 def _expert_store(pairs: Pairs, options: MoEOptions, patches: Patches) -> ModuleExperts:

@@ -102,6 +102,26 @@ def test_top1_keeps_the_raw_probability() -> None:
     assert routing.weight[1, 0].item() == 0.0
 
 
+def test_a_capacity_of_each_sequence() -> None:
+    # Two sequences of three tokens: all of the first ask for expert 0, two of the second for 1.
+    first = torch.tensor([0, 0, 0, 1, 0, 1])
+    logits = torch.nn.functional.one_hot(first, 2).float()
+    router = Top1Router(2, CapacityRule(0.0, fixed=1, per_sequence=True))
+    routing = router.route(logits, sequences=2, with_slots=True)
+    assert routing.expert_index.flatten().tolist() == [0, 2, 2, 1, 0, 2]
+    assert routing.dropped == 3 and routing.capacity == 2
+    assert routing.slot.flatten().tolist() == [0, 2, 2, 1, 1, 2]  # 2 is past the end of a buffer of two
+    assert (routing.weight[:, 0] > 0).tolist() == [True, False, False, True, True, False]
+    padded = router.route(logits, torch.tensor([True, False, False, False, False, True]), sequences=2)
+    assert padded.expert_index.flatten().tolist() == [2, 0, 2, 1, 0, 2]
+    assert padded.dropped == 1
+    whole = router.route(logits)  # one sequence, where none are told apart
+    assert whole.expert_index.flatten().tolist() == [0, 2, 2, 1, 2, 2]
+    wide = Top1Router(2, CapacityRule(0.0, fixed=3, per_sequence=True)).route(logits, sequences=2)
+    assert wide.slot is None and wide.dropped is None and wide.capacity == 6
+    assert router.route(torch.empty(0, 2), sequences=0).expert_index.shape == (0, 1)
+
+
 def test_softmax_top_k_normalises_over_the_chosen() -> None:
     routing = SoftmaxTopKRouter(4, 3).route(torch.tensor([[0.0, 3.0, 1.0, 2.0]]))
     assert routing.expert_index.tolist() == [[1, 3, 2]]
@@ -125,6 +145,8 @@ def test_early_rounding_can_change_the_first_choice() -> None:
     assert GShardTop2Router(3).route(logits).expert_index[0, 0] == 1
     early = GShardTop2Router(3, round_early=True).route(logits, model_dtype=torch.bfloat16)
     assert early.expert_index[0].tolist() == [0, 1]
+    assert Top1Router(3).route(logits).expert_index.item() == 1
+    assert Top1Router(3, round_early=True).route(logits, model_dtype=torch.bfloat16).expert_index.item() == 0
 
 
 def test_aux_loss_of_uniform_and_of_collapsed_routing() -> None:
