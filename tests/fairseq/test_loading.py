@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -227,9 +228,13 @@ def test_overrides_without_flags_stay_as_they_are() -> None:
     assert parse().model_overrides == "{}"
 
 
-def test_several_processes_become_one() -> None:
-    args = parse("--is-moe", "--distributed-world-size", "16", "--distributed-port", "29500")
-    assert args.distributed_world_size == 1
+@pytest.mark.parametrize(("cores", "processes"), [(1, 1), (2, 2), (64, 16)])
+def test_a_published_number_of_processes_is_the_most_that_there_are(
+    cores: int, processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    args = parse("--is-moe", "--distributed-world-size", "16", "--distributed-port", "29500", "--cpu")
+    assert args.distributed_world_size == processes
 
 
 @pytest.mark.parametrize(
