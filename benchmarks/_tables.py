@@ -44,14 +44,12 @@ def conditions(content: Content) -> str:
 def generate(content: Content, *, dtype: str = "float32", batch: str = "") -> str:
     """Speed of each side against Transformers 4.57.1 and 5.x, for one dtype and one batch size or all."""
     rows = [row for row in content["rows"] if row["dtype"] == dtype and (not batch or row["batch"] == int(batch))]
-    # A side that ran again beside the other dtype is shown once.
-    once = {(row["batch"], row["side"]): row for row in reversed(rows)}
+    once: dict[tuple[int, str], Content] = {}
+    for row in rows:  # a side that ran again beside the other dtype is shown once
+        once.setdefault((row["batch"], row["side"]), row)
     return markdown(
         ["batch", "side", "encoder", "decoder", "of 4.57.1: encoder / decoder / call", "of 5.x", "tokens"],
-        (
-            [str(row["batch"]), row["side"], *_speeds(row), *_ratios(row), _verdict(row)]
-            for row in reversed(once.values())
-        ),
+        ([str(row["batch"]), row["side"], *_speeds(row), *_ratios(row), _verdict(row)] for row in once.values()),
     )
 
 
