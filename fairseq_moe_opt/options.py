@@ -42,6 +42,10 @@ PAGE_CACHE = "page-cache"
 """The host memory that the operating system manages."""
 
 
+_OF_ONE_RANK = frozenset({"report", "trace"})
+"""Options that may differ between ranks."""
+
+
 @dataclass(frozen=True)
 class MoEOptions:
     """How Mixture-of-Experts layers run."""
@@ -166,6 +170,10 @@ class MoEOptions:
             if name not in known:
                 raise OptionError(name, f"no such option; there are {', '.join(known)}")
         return cls(**values)
+
+    def alike_on_ranks(self) -> dict[str, str]:
+        """What ranks that share experts have to be given alike, as text; where each writes files is its own affair."""
+        return {name: str(value) for name, value in self.to_dict().items() if name not in _OF_ONE_RANK}
 
     def to_dict(self) -> dict[str, object]:
         """All options by name."""

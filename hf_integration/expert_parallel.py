@@ -18,9 +18,6 @@ from fairseq_moe_opt.options import MoEOptions
 from fairseq_moe_opt.parallel import ALL_TO_ALL, EXCHANGES, Collectives, ExpertSpread, agree, follow_first
 from fairseq_moe_opt.placement import Placement
 
-_OF_ONE_RANK = ("report", "trace")
-"""Options that may differ between ranks."""
-
 
 @dataclass(frozen=True)
 class ExpertParallel:
@@ -74,14 +71,13 @@ def spread_over_ranks(
 
 
 def _facts(parallel: ExpertParallel, compared: Compared) -> Mapping[str, str]:
-    options = {name: value for name, value in compared.options.to_dict().items() if name not in _OF_ONE_RANK}
     return {
         "checkpoint": checkpoint_fingerprint(compared.index),
         "config.json": _short(compared.config.to_json_string(use_diff=False)),
         "dtype": " and ".join(map(str, dict.fromkeys(compared.dtype))),
         "placement": "contiguous" if parallel.placement is None else parallel.placement.label,
         "exchange": parallel.exchange,
-        **{f"option {name}": str(value) for name, value in options.items()},
+        **{f"option {name}": value for name, value in compared.options.alike_on_ranks().items()},
     }
 
 

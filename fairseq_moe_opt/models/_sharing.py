@@ -22,9 +22,6 @@ from fairseq_moe_opt.options import MoEOptions
 from fairseq_moe_opt.parallel import ALL_REDUCE, ALL_TO_ALL, Collectives, ExpertSpread, agree, follow_first
 from fairseq_moe_opt.placement import Placement
 
-_OF_ONE_RANK = ("report", "trace")
-"""Options that may differ between ranks."""
-
 
 @dataclass(frozen=True)
 class ExpertSharing:
@@ -58,8 +55,7 @@ class ExpertSharing:
         Raises ParallelError on every rank when ranks differ in options or placement, PlacementError or OptionError
         when they agree on what is wrong.
         """
-        compared = {name: value for name, value in options.to_dict().items() if name not in _OF_ONE_RANK}
-        facts = {f"option moe_{name}": str(value) for name, value in compared.items()}
+        facts = {f"option moe_{name}": value for name, value in options.alike_on_ranks().items()}
         agree(self.ranks, {"placement": "contiguous" if self.placement is None else self.placement.label, **facts})
         if options.rebalance_every:
             raise OptionError("rebalance_every", "fairseq's commands keep experts where they are: use --moe-placement")
