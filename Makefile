@@ -28,7 +28,7 @@ REFERENCE_PINS := transformers==4.57.1 huggingface-hub==0.36.2 tokenizers==0.22.
 	requests==2.34.2 urllib3==2.8.0 charset-normalizer==3.5.2 idna==3.20 certifi
 
 .PHONY: help demo test test-gpu lint style bench bench-transformers bench-fairseq bench-exchange bench-buffering
-.PHONY: bench-nllb54b bench-profiling bench-kernels bench-tables docs-check reproduce setup reference clean distclean FORCE
+.PHONY: bench-nllb54b bench-profiling bench-kernels bench-gpu bench-tables docs-check reproduce setup reference clean distclean FORCE
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1@\2/p' $(MAKEFILE_LIST) | column -t -s @ 2>/dev/null \
@@ -79,6 +79,9 @@ bench-profiling: $(STAMPS)/project ## what profiling costs, on and off (PROFILIN
 
 bench-kernels: $(STAMPS)/project ## what computes the experts, against the memory's speed and a dense FFN (KERNELS_BENCH_ARGS=...)
 	$(BIN)/python benchmarks/kernels.py $(KERNELS_BENCH_ARGS)
+
+bench-gpu: $(STAMPS)/project ## the same on a CUDA device (GPU_BENCH_ARGS=...); not part of `make bench`
+	$(BIN)/python benchmarks/kernels_gpu.py $(GPU_BENCH_ARGS)
 
 bench-tables: $(STAMPS)/project ## draw the tables of README.md and docs/ from the result files
 	$(BIN)/python benchmarks/tables.py
