@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib.metadata import version
+from typing import Any
 
+import pytest
 from packaging.version import Version
 
 RELEASE = Version(version("transformers"))
@@ -13,11 +16,24 @@ CHECKED_WITH = ("5.6.0", "5.23.0", "5.24.0")
 NLLB_SEEN_WRONG = ("5.0.0", "5.5.0", "5.6.0", "5.10.1", "5.16.1", "5.22.2", "5.23.0")
 """Releases in which NLLB-MoE was seen to run experts 0 and 1 only."""
 
+FAMILY_SINCE = {"GraniteMoe": Version("5.13")}
+"""The first release that runs a family through its ``ExpertsInterface``, where the oldest allowed one does not."""
+
 TAKES_NAMES = Version("5.7")
 """The first whose ``experts_implementation`` takes any registered name."""
 
 SWITCH_DROPS = Version("5.18")
 """The first of the 5.x line whose Switch Transformers drop tokens beyond the capacity."""
+
+
+def families(names: Iterable[str]) -> list[Any]:
+    """``names`` as parameters of a test; those that this release has otherwise, or not at all, are skipped."""
+    return [pytest.param(name, marks=_skip_before(FAMILY_SINCE.get(name))) for name in names]
+
+
+def _skip_before(since: Version | None) -> list[pytest.MarkDecorator]:
+    reason = f"Transformers runs it through its ExpertsInterface from {since} on"
+    return [] if since is None else [pytest.mark.skipif(RELEASE < since, reason=reason)]
 
 
 def header() -> str:

@@ -17,7 +17,7 @@ from hf_integration.experts_function import name_is_taken
 from hf_integration.experts_module import ExpertsModule, experts_modules
 from tests.helpers.compare import assert_close_relative
 from tests.helpers.language_models import FAMILIES, greedy, language_model, logits_of
-from tests.helpers.releases import RELEASE, TAKES_NAMES
+from tests.helpers.releases import RELEASE, TAKES_NAMES, families
 
 needs_names = pytest.mark.skipif(
     RELEASE < TAKES_NAMES, reason=f"experts_implementation takes any registered name from Transformers {TAKES_NAMES} on"
@@ -39,14 +39,14 @@ def same(model: PreTrainedModel, family: str) -> bool:
 
 
 @needs_names
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families(FAMILIES))
 def test_the_registered_function_gives_transformers_results(family: str) -> None:
     model = copy.deepcopy(eager(family)[0])
     model.set_experts_implementation("moe_opt")
     assert same(model, family)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families(FAMILIES))
 def test_optimize_gives_transformers_results_and_undo_takes_it_out(family: str) -> None:
     model = copy.deepcopy(eager(family)[0])
     before = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}

@@ -21,6 +21,7 @@ from hf_integration import from_pretrained
 from hf_integration.experts_module import ExpertsModule, experts_modules
 from tests.helpers.compare import assert_close_relative
 from tests.helpers.language_models import FAMILIES, greedy, language_model, logits_of
+from tests.helpers.releases import families
 
 Saved = Callable[[str], Path]
 
@@ -51,7 +52,7 @@ def check(model: PreTrainedModel, family: str) -> None:
     assert torch.equal(greedy(model), tokens)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families(FAMILIES))
 def test_resident_and_buffered(saved: Saved, family: str) -> None:
     resident = from_pretrained(saved(family))
     check(resident, family)
