@@ -22,6 +22,9 @@ FAMILY_SINCE = {"GraniteMoe": Version("5.13")}
 TAKES_NAMES = Version("5.7")
 """The first whose ``experts_implementation`` takes any registered name."""
 
+EXPERT_PARALLEL = Version("5.23")
+"""The first with a registry of expert-parallel implementations, ``ep_implementation=``."""
+
 SWITCH_DROPS = Version("5.18")
 """The first of the 5.x line whose Switch Transformers drop tokens beyond the capacity."""
 
@@ -33,7 +36,7 @@ def families(names: Iterable[str]) -> list[Any]:
 
 def _skip_before(since: Version | None) -> list[pytest.MarkDecorator]:
     reason = f"Transformers runs it through its ExpertsInterface from {since} on"
-    return [] if since is None else [pytest.mark.skipif(RELEASE < since, reason=reason)]
+    return [] if since is None else [pytest.mark.skipif(since > RELEASE, reason=reason)]
 
 
 def header() -> str:

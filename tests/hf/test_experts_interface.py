@@ -1,4 +1,7 @@
-"""Models behind Transformers' ``ExpertsInterface``: its own results, from the engine. Checked with 5.23.0."""
+"""Models behind Transformers' ``ExpertsInterface``: its own results, from the engine.
+
+Checked with Transformers 5.6.0, 5.23.0 and 5.24.0.
+"""
 
 from __future__ import annotations
 
