@@ -11,7 +11,7 @@ from packaging.version import Version
 
 RELEASE = Version(version("transformers"))
 CHECKED_WITH = ("5.6.0", "5.23.0", "5.24.0")
-"""Releases that the tests of every family passed with; the first is the oldest that setup.py allows."""
+"""Releases that tests of every family passed with, which ones is in docs/architecture.md; first the oldest allowed."""
 
 NLLB_SEEN_WRONG = ("5.0.0", "5.5.0", "5.6.0", "5.10.1", "5.16.1", "5.22.2", "5.23.0")
 """Releases in which NLLB-MoE was seen to run experts 0 and 1 only."""
