@@ -17,7 +17,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-INSTALL := $(PIP) install --quiet --constraint constraints.txt
+CONSTRAINTS := constraints.txt
+INSTALL := $(PIP) install --quiet --constraint $(CONSTRAINTS)
 
 PACKAGE_FILES := $(sort $(shell find fairseq_moe_opt hf_integration -name '*.py' -o -name py.typed -o -name '*.cpp' -o -name '*.inc'))
 
@@ -27,8 +28,10 @@ REFERENCE := .reference/transformers-4.57.1
 REFERENCE_PINS := transformers==4.57.1 huggingface-hub==0.36.2 tokenizers==0.22.2 \
 	requests==2.34.2 urllib3==2.8.0 charset-normalizer==3.5.2 idna==3.20 certifi
 
-.PHONY: help demo test test-gpu lint style bench bench-transformers bench-fairseq bench-exchange bench-buffering
-.PHONY: bench-nllb54b bench-profiling bench-kernels bench-gpu bench-tables docs-check reproduce setup reference clean distclean FORCE
+.PHONY: help demo test test-gpu lint style bench bench-transformers bench-fairseq
+.PHONY: bench-exchange bench-buffering bench-nllb54b bench-profiling bench-kernels bench-gpu bench-tables docs-check reproduce
+.PHONY: setup reference clean distclean FORCE test-compat test-old-cpu test-single-core test-no-compiler
+.PHONY: test-oldest
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1@\2/p' $(MAKEFILE_LIST) | column -t -s @ 2>/dev/null \
@@ -42,6 +45,33 @@ test: $(STAMPS)/project $(STAMPS)/fairseq ## run the tests (PYTEST_ARGS=...)
 
 test-gpu: $(STAMPS)/project $(STAMPS)/fairseq ## run the tests that need a CUDA device
 	$(BIN)/python -m pytest --device cuda -m gpu $(PYTEST_ARGS)
+
+test-compat: test-old-cpu test-single-core test-no-compiler test-oldest ## run the tests as on four other machines
+
+test-old-cpu: $(STAMPS)/project $(STAMPS)/fairseq ## run the tests with no vector instructions beyond the oldest CPU's
+	ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-single-core: $(STAMPS)/project $(STAMPS)/fairseq ## run the tests with one core for them and all they start
+	core=$$($(BIN)/python -c 'import os; print(min(os.sched_getaffinity(0)))'); \
+	taskset --cpu-list "$$core" $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# A copy of the tree that no kernel was ever built in, and an installation of it, both where every compiler fails.
+BARE := $(VENV)/no-compiler
+NO_COMPILER := env --unset=MOE_OPT_FUSED CC=/bin/false CXX=/bin/false
+
+test-no-compiler: $(STAMPS)/project $(STAMPS)/fairseq ## install without a compiler, and run the tests there
+	rm -rf $(BARE)
+	mkdir -p $(BARE)/tree
+	tar --create --exclude=./.venv --exclude=./.reference --exclude=./.git --exclude='*.so' . \
+		| tar --extract --directory $(BARE)/tree
+	$(NO_COMPILER) $(INSTALL) --no-deps --no-build-isolation --target $(BARE)/installed $(BARE)/tree
+	rm -rf $(BARE)/tree/build $(BARE)/tree/*.egg-info
+	cd $(BARE)/installed && $(NO_COMPILER) ../../bin/python -c 'from fairseq_moe_opt.moe.kernels import available_kernels as \
+		there; print("kernels:", *there()); assert "fused" not in there()'
+	cd $(BARE)/tree && $(NO_COMPILER) PYTHONPATH=$$PWD ../../bin/python -m pytest $(PYTEST_ARGS)
+
+test-oldest: ## run the tests with the oldest torch, Transformers and others that setup.py allows
+	$(MAKE) test VENV=$(VENV)/oldest TORCH=torch==2.10.0 CONSTRAINTS=constraints-oldest.txt
 
 lint: $(STAMPS)/dependencies ## ruff, and mypy (strict on the engine)
 	$(BIN)/ruff check .
@@ -114,7 +144,7 @@ $(STAMPS)/venv:
 	touch $@
 
 # The order matters: torch, then what builds need, then the rest, which finds both in place.
-$(STAMPS)/dependencies: $(STAMPS)/venv setup.py constraints.txt
+$(STAMPS)/dependencies: $(STAMPS)/venv setup.py $(CONSTRAINTS)
 	$(INSTALL) $(TORCH)
 	$(INSTALL) numpy cython 'setuptools<81' wheel
 	rm -rf build *.egg-info

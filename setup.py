@@ -39,7 +39,8 @@ PACKAGES = [
 PRESETS = "fairseq_moe_opt.configs"
 
 CORE = ["torch>=2.10", "numpy>=1.26", "safetensors>=0.5", "pyyaml>=6.0", "typer>=0.15.4", "rich>=13"]
-HF = ["transformers>=5.6,<6", "accelerate>=1.1", "sentencepiece>=0.2", "protobuf>=4"]
+# accelerate 1.3: with an older one, Transformers' own Trainer fails when it saves.
+HF = ["transformers>=5.6,<6", "accelerate>=1.3", "sentencepiece>=0.2", "protobuf>=4"]
 # What fairseq-fixed==0.12.3.1 needs, less torch (here already) and torchaudio (whose registry build cannot
 # load beside a CPU torch). fairseq-fixed itself takes one line more, with --no-build-isolation --no-deps: see
 # README.md.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import sys
 
@@ -24,6 +25,21 @@ def check_torchaudio() -> None:
         importlib.import_module(TORCHAUDIO)
     except Exception as error:  # OSError, RuntimeError or ImportError: whichever way the two differ
         raise MoEError(_advice(error)) from error
+
+
+def check_transformers() -> None:
+    """Raise MoEError for Transformers 4, which lacks names that are imported here; return quietly otherwise.
+
+    Where it is not installed at all, its own import says so better.
+    """
+    try:
+        release = importlib.metadata.version("transformers")
+    except importlib.metadata.PackageNotFoundError:
+        return
+    if release.startswith("4."):
+        raise MoEError(
+            f"Transformers {release} is installed, and 5.6 or newer is needed: pip install 'transformers>=5.6,<6'"
+        )
 
 
 def _advice(error: Exception) -> str:

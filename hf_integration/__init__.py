@@ -4,8 +4,9 @@ Importing this package registers the translation task, fairseq's language models
 checkpoints and the experts implementation ``moe_opt`` with Transformers; ``unregister()`` takes the task out again.
 """
 
-from fairseq_moe_opt.environment import check_torchaudio
+from fairseq_moe_opt.environment import check_torchaudio, check_transformers
 
+check_transformers()
 check_torchaudio()  # a broken one makes every model import of Transformers fail with a long trace
 
 from hf_integration.expert_parallel import ExpertParallel  # noqa: E402

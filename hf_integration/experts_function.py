@@ -1,14 +1,19 @@
 """``experts_implementation="moe_opt"``: the engine's kernels for every model behind Transformers' ``ExpertsInterface``.
 
 The function is told no layer, so it gives speed alone; ``hf_integration.from_pretrained`` and ``optimize`` know the
-layers, and give buffering, traces, reports and placement too.
+layers, and give buffering, traces, reports and placement too. Transformers up to 5.6 takes no name but its own: there
+only these two are left.
 """
 
 from __future__ import annotations
 
 import importlib
+from functools import cache
+from typing import Any
 
+import transformers
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from fairseq_moe_opt.errors import MoEError
 from fairseq_moe_opt.moe import LayerConfig, LayerCounters, MoELayer, Routing
@@ -18,6 +23,7 @@ from hf_integration.experts_module import ExpertsModule
 
 NAME = "moe_opt"
 _LAYER = "_moe_opt_layer"
+_NO_MODEL: Any = None  # the check looks at the model for names of Transformers' own only
 
 
 def register_experts_function() -> bool:
@@ -28,6 +34,27 @@ def register_experts_function() -> bool:
         return False
     interface.register(NAME, experts_forward)
     return True
+
+
+@cache
+def name_is_taken() -> bool:
+    """Whether this release lets ``experts_implementation="moe_opt"`` through, once it is registered.
+
+    It is asked, not told by its number: its check gets the name, as it would from ``from_pretrained``.
+    """
+    try:
+        PreTrainedModel.get_correct_experts_implementation(_NO_MODEL, NAME)
+    except (AttributeError, ValueError):
+        return False
+    return True
+
+
+def name_refused() -> str:
+    """What to tell where :func:`name_is_taken` says no."""
+    return (
+        f"Transformers {transformers.__version__} takes no experts_implementation but its own, so {NAME!r} is not to "
+        "be had by name"
+    )
 
 
 def experts_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -84,6 +84,7 @@ class Handle:
             seconds=self._seconds,
             buffer=self._installed.buffer,
             rebalancing=None if moving is None else moving.report,
+            notes=self._installed.notes,
         )
 
     @property

@@ -77,6 +77,7 @@ class Installed:
         masks: which tokens the layers do not route.
         buffer: of the memory they share; None where all of them stay.
         shares: this rank's experts by layer, where ranks share them.
+        notes: what this release of Transformers made different, for the report.
     """
 
     family: str
@@ -86,3 +87,4 @@ class Installed:
     masks: PaddingMasks
     buffer: BufferReport | None = None
     shares: Mapping[str, ExpertShare] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()

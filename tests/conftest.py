@@ -11,6 +11,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from tests.helpers import releases
+
 # The tests need no network: a name that is not on disk fails at once instead of asking the hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -45,6 +47,11 @@ def pytest_configure(config: pytest.Config) -> None:
     except (RuntimeError, AssertionError) as error:
         raise pytest.UsageError(f"--device {device}: {str(error).splitlines()[0]}") from error
     torch.set_num_threads(NUM_THREADS)
+
+
+def pytest_report_header() -> list[str]:
+    """The releases that this run is of, and those that the tests were checked with."""
+    return [releases.header()]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -172,6 +172,18 @@ def test_the_error_is_one_of_the_projects_own(monkeypatch: pytest.MonkeyPatch, t
         check_torchaudio()
 
 
+def test_transformers_4_gets_one_line(tmp_path: Path) -> None:
+    """Its release as the installation states it; nothing of Transformers has to be imported for that."""
+    (tmp_path / "transformers-4.57.1.dist-info").mkdir()
+    metadata = "Metadata-Version: 2.1\nName: transformers\nVersion: 4.57.1\n"
+    (tmp_path / "transformers-4.57.1.dist-info" / "METADATA").write_text(metadata, encoding="utf-8")
+    done = run_python("import hf_integration", path=[tmp_path, ROOT], cwd=tmp_path)
+    assert done.stderr.splitlines()[-1] == (
+        "fairseq_moe_opt.errors.MoEError: Transformers 4.57.1 is installed, and 5.6 or newer is needed: "
+        "pip install 'transformers>=5.6,<6'"
+    )
+
+
 @pytest.mark.skipif(not HAS_FAIRSEQ, reason="fairseq is not installed (the fairseq extra, and one line more)")
 @pytest.mark.slow
 def test_nllb_moe_and_fairseq_live_in_one_environment(tmp_path: Path) -> None:

@@ -241,6 +241,7 @@ class Report:
         buffer: the memory that experts share; None where all of them stay.
         rebalancing: what moving experts between ranks took since the model was loaded, for it happens between calls;
             None where one process has them all.
+        notes: sentences on what the host framework's release made different; mostly none.
     """
 
     family: str
@@ -253,6 +254,7 @@ class Report:
     seconds: float
     buffer: BufferReport | None = None
     rebalancing: RebalanceReport | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def step_seconds(self) -> dict[str, float]:

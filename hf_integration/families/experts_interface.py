@@ -7,6 +7,7 @@ padding is routed like any token, so the engine's results are Transformers' own.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 from torch import Tensor, nn
@@ -19,10 +20,12 @@ from fairseq_moe_opt.moe.stacked_experts import StackedExperts
 from fairseq_moe_opt.moe.trace import TraceLayer
 from fairseq_moe_opt.options import MoEOptions
 from fairseq_moe_opt.parallel import ExpertSpread
-from hf_integration.experts_function import no_gate, run_layer
+from hf_integration.experts_function import name_is_taken, name_refused, no_gate, run_layer
 from hf_integration.experts_module import ExpertsModule, experts_modules
 from hf_integration.padding import PaddingMasks, watch_stack
 from hf_integration.patching import Installed, Patches
+
+logger = logging.getLogger(__name__)
 
 NAME = "experts-interface"
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k", "moe_topk", "moe_top_k", "top_k_experts")
@@ -86,7 +89,16 @@ def install(
         patches.replace_forward(experts.module, _ExpertsForward(experts.module, layer, masks))
         layers.append(layer)
     report = None if buffer is None else buffer.report
-    return Installed(NAME, tuple(layers), patches, expert_bytes, masks, report)
+    return Installed(NAME, tuple(layers), patches, expert_bytes, masks, report, notes=_notes(len(layers)))
+
+
+def _notes(num_layers: int) -> tuple[str, ...]:
+    """That forwards were replaced, where the release has no other way; nothing on later ones."""
+    if name_is_taken():
+        return ()
+    note = f"{name_refused()}; the forward of {num_layers} experts modules was replaced instead"
+    logger.warning("%s", note)
+    return (note,)
 
 
 def _watch_stacks(model: nn.Module, masks: PaddingMasks, patches: Patches) -> None:

@@ -6,13 +6,14 @@ import copy
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersSparseMLP
 
+from tests.helpers.releases import RELEASE, SWITCH_DROPS
+
 VOCABULARY = 96
-DROPS = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 18)
+DROPS = RELEASE >= SWITCH_DROPS
 """Whether this release of Transformers drops tokens beyond the capacity."""
 
 

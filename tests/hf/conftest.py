@@ -8,7 +8,13 @@ import pytest
 import transformers
 
 from hf_integration.pipelines import TranslationPipeline
+from tests.helpers.releases import RELEASE
 from tests.helpers.translation_models import LANGUAGES, TEXTS, nllb_moe, nllb_tokenizer
+
+
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """A test of a family bears the release of Transformers that it ran with: ``[Mixtral-transformers-5.23.0]``."""
+    return f"{val}-transformers-{RELEASE}" if argname in ("family", "variant") else None
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,12 @@
-"""Models behind Transformers' ``ExpertsInterface``: its own results, from the engine. Checked with 5.23.0."""
+"""Models behind Transformers' ``ExpertsInterface``: its own results, from the engine.
+
+Checked with Transformers 5.6.0, 5.23.0 and 5.24.0.
+"""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from functools import cache
 
 import pytest
@@ -12,9 +16,15 @@ from transformers import PreTrainedModel
 
 from fairseq_moe_opt.errors import NoMoELayerError, OptionError
 from hf_integration import optimize
+from hf_integration.experts_function import name_is_taken
 from hf_integration.experts_module import ExpertsModule, experts_modules
 from tests.helpers.compare import assert_close_relative
 from tests.helpers.language_models import FAMILIES, greedy, language_model, logits_of
+from tests.helpers.releases import RELEASE, TAKES_NAMES, families
+
+needs_names = pytest.mark.skipif(
+    RELEASE < TAKES_NAMES, reason=f"experts_implementation takes any registered name from Transformers {TAKES_NAMES} on"
+)
 
 
 @cache
@@ -31,14 +41,15 @@ def same(model: PreTrainedModel, family: str) -> bool:
     return torch.equal(greedy(model), tokens)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@needs_names
+@pytest.mark.parametrize("family", families(FAMILIES))
 def test_the_registered_function_gives_transformers_results(family: str) -> None:
     model = copy.deepcopy(eager(family)[0])
     model.set_experts_implementation("moe_opt")
     assert same(model, family)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families(FAMILIES))
 def test_optimize_gives_transformers_results_and_undo_takes_it_out(family: str) -> None:
     model = copy.deepcopy(eager(family)[0])
     before = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
@@ -53,6 +64,45 @@ def test_optimize_gives_transformers_results_and_undo_takes_it_out(family: str) 
     assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == before
     assert not any("forward" in vars(module) for module in model.modules())
     assert same(model, family)
+
+
+def only_its_own(model: PreTrainedModel, requested: str | None) -> str:
+    """The check of releases up to 5.6."""
+    if requested not in ("eager", "grouped_mm", "batched_mm", "deepgemm"):
+        raise ValueError(f'Specified `experts_implementation="{requested}"` is not supported.')
+    return requested
+
+
+@pytest.fixture
+def names_in_its_code(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A release that lets no name through but its own: this one, or one made so."""
+    if RELEASE >= TAKES_NAMES:
+        monkeypatch.setattr(PreTrainedModel, "get_correct_experts_implementation", only_its_own)
+    name_is_taken.cache_clear()
+    yield
+    name_is_taken.cache_clear()
+
+
+@pytest.mark.usefixtures("names_in_its_code")
+def test_optimize_says_that_it_replaced_forwards_where_the_name_is_refused(caplog: pytest.LogCaptureFixture) -> None:
+    model = copy.deepcopy(eager("Olmoe")[0])
+    with pytest.raises(ValueError, match=r'experts_implementation="moe_opt".* is not supported'):
+        model.set_experts_implementation("moe_opt")
+    handle = optimize(model)
+    assert same(model, "Olmoe")
+    (note,) = handle.report().notes
+    assert note.startswith(f"Transformers {RELEASE} takes no experts_implementation but its own")
+    assert note.endswith("the forward of 2 experts modules was replaced instead")
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [("WARNING", note)]
+    assert handle.report().to_dict()["notes"] == (note,)
+    handle.undo()
+    assert same(model, "Olmoe")
+
+
+def test_nothing_is_said_where_the_name_is_taken(caplog: pytest.LogCaptureFixture) -> None:
+    assert name_is_taken() == (RELEASE >= TAKES_NAMES)
+    handle = optimize(copy.deepcopy(eager("Olmoe")[0]))
+    assert (not handle.report().notes) == (not caplog.records) == name_is_taken()
 
 
 class _StrangeGate(nn.Module):
@@ -96,12 +146,16 @@ def test_every_kernel(family: str, kernel: str) -> None:
     assert {layer.kernels for layer in handle.report().layers} == {(kernel,)}
 
 
-def test_gradients_are_transformers_own() -> None:
+@pytest.mark.parametrize("how", [pytest.param("moe_opt", marks=needs_names), "optimize"])
+def test_gradients_are_transformers_own(how: str) -> None:
     model = copy.deepcopy(eager("GptOss")[0])
     ids = torch.arange(3, 15).view(2, 6)
     gradients = []
-    for implementation in ("eager", "moe_opt"):
-        model.set_experts_implementation(implementation)
+    for implementation in ("eager", how):
+        if implementation == "optimize":
+            optimize(model)
+        else:
+            model.set_experts_implementation(implementation)
         model.zero_grad()
         model(input_ids=ids, labels=ids).loss.backward()
         gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
