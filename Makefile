@@ -28,7 +28,7 @@ REFERENCE_PINS := transformers==4.57.1 huggingface-hub==0.36.2 tokenizers==0.22.
 	requests==2.34.2 urllib3==2.8.0 charset-normalizer==3.5.2 idna==3.20 certifi
 
 .PHONY: help demo test test-gpu lint style bench bench-transformers bench-fairseq bench-exchange bench-buffering
-.PHONY: bench-nllb54b bench-profiling bench-kernels bench-tables docs-check reproduce setup reference clean distclean FORCE
+.PHONY: bench-nllb54b bench-profiling bench-kernels bench-families bench-tables docs-check reproduce setup reference clean distclean FORCE
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1@\2/p' $(MAKEFILE_LIST) | column -t -s @ 2>/dev/null \
@@ -53,7 +53,8 @@ style: $(STAMPS)/dependencies ## let ruff format and mend what it can
 	$(BIN)/ruff format .
 
 bench: ## run all benchmarks, and draw the tables of README.md and docs/ again
-	$(MAKE) bench-transformers bench-fairseq bench-exchange bench-buffering bench-nllb54b bench-profiling bench-kernels
+	$(MAKE) bench-transformers bench-fairseq bench-exchange bench-buffering bench-nllb54b bench-profiling bench-kernels \
+		bench-families
 	$(MAKE) bench-tables
 
 bench-transformers: $(STAMPS)/project $(REFERENCE) ## generation against Transformers 4.57.1 and 5.x (BENCH_ARGS=...)
@@ -79,6 +80,9 @@ bench-profiling: $(STAMPS)/project ## what profiling costs, on and off (PROFILIN
 
 bench-kernels: $(STAMPS)/project ## what computes the experts, against the memory's speed and a dense FFN (KERNELS_BENCH_ARGS=...)
 	$(BIN)/python benchmarks/kernels.py $(KERNELS_BENCH_ARGS)
+
+bench-families: $(STAMPS)/project ## every model family beside each of Transformers' ways (FAMILIES_BENCH_ARGS=...)
+	$(BIN)/python benchmarks/families.py $(FAMILIES_BENCH_ARGS)
 
 bench-tables: $(STAMPS)/project ## draw the tables of README.md and docs/ from the result files
 	$(BIN)/python benchmarks/tables.py
