@@ -31,7 +31,7 @@ REFERENCE_PINS := transformers==4.57.1 huggingface-hub==0.36.2 tokenizers==0.22.
 .PHONY: help demo test test-gpu lint style bench bench-transformers bench-fairseq
 .PHONY: bench-exchange bench-buffering bench-nllb54b bench-profiling bench-kernels bench-gpu bench-tables docs-check reproduce
 .PHONY: setup reference clean distclean FORCE test-compat test-old-cpu test-single-core test-no-compiler
-.PHONY: test-oldest
+.PHONY: test-oldest bench-families
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1@\2/p' $(MAKEFILE_LIST) | column -t -s @ 2>/dev/null \
@@ -83,7 +83,8 @@ style: $(STAMPS)/dependencies ## let ruff format and mend what it can
 	$(BIN)/ruff format .
 
 bench: ## run all benchmarks, and draw the tables of README.md and docs/ again
-	$(MAKE) bench-transformers bench-fairseq bench-exchange bench-buffering bench-nllb54b bench-profiling bench-kernels
+	$(MAKE) bench-transformers bench-fairseq bench-exchange bench-buffering bench-nllb54b bench-profiling bench-kernels \
+		bench-families
 	$(MAKE) bench-tables
 
 bench-transformers: $(STAMPS)/project $(REFERENCE) ## generation against Transformers 4.57.1 and 5.x (BENCH_ARGS=...)
@@ -112,6 +113,9 @@ bench-kernels: $(STAMPS)/project ## what computes the experts, against the memor
 
 bench-gpu: $(STAMPS)/project ## the same on a CUDA device (GPU_BENCH_ARGS=...); not part of `make bench`
 	$(BIN)/python benchmarks/kernels_gpu.py $(GPU_BENCH_ARGS)
+
+bench-families: $(STAMPS)/project ## every model family beside each of Transformers' ways (FAMILIES_BENCH_ARGS=...)
+	$(BIN)/python benchmarks/families.py $(FAMILIES_BENCH_ARGS)
 
 bench-tables: $(STAMPS)/project ## draw the tables of README.md and docs/ from the result files
 	$(BIN)/python benchmarks/tables.py

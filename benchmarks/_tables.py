@@ -203,6 +203,37 @@ def _kernel_cells(sides: Mapping[tuple[str, int], Content]) -> Iterator[str]:
         yield f"{sides[side, PREFILL_ROWS]['of_dense']:.0%}" if (side, PREFILL_ROWS) in sides else ""
 
 
+FAMILY_WAYS = ("eager", "batched_mm", "grouped_mm")
+
+
+def families(content: Content, *, dtype: str = "float32", phase: str = "decode") -> str:
+    """Tokens a second of every way to run each family, and times the fastest of Transformers' own, for one phase."""
+    rows: dict[tuple[str, int], dict[str, Content]] = {}
+    for row in content["rows"]:
+        if row["dtype"] == dtype:
+            rows.setdefault((row["family"], row["batch"]), {})[row["side"]] = row
+    own = ("moe_opt", "optimize")
+    headings = ["family", "batch", *(f"`{way}`" for way in (*FAMILY_WAYS, *own)), *(f"`{way}` is" for way in own)]
+    return markdown(
+        headings,
+        (
+            [
+                family,
+                str(batch),
+                *(_family_speed(sides.get(way), phase) for way in (*FAMILY_WAYS, *own)),
+                *(f"{sides[way]['times_fastest'][phase]:.2f} x" if way in sides else "" for way in own),
+            ]
+            for (family, batch), sides in rows.items()
+        ),
+    )
+
+
+def _family_speed(row: Content | None, phase: str) -> str:
+    if row is None or phase not in row["tokens_per_second"]:
+        return ""
+    return f"{row['tokens_per_second'][phase]:,.0f}" + (" **WRONG**" if row["tokens"] is False else "")
+
+
 def profiling(content: Content) -> str:
     """What profiling costs: times as long as a model that was never profiled."""
     sides = list(content["rows"][0]["wall_ratio"])
@@ -237,6 +268,7 @@ TABLES: Mapping[str, Callable[..., str]] = {
     "conditions": conditions,
     "exchange": exchange,
     "fairseq_generate": fairseq_generate,
+    "families": families,
     "generate": generate,
     "int8_quality": int8_quality,
     "kernels": kernels,

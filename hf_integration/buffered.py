@@ -21,6 +21,9 @@ from fairseq_moe_opt.sizes import readable
 from hf_integration.patching import Patches
 
 _MEMINFO = Path("/proc/meminfo")
+_AROUND = "base_model."
+"""Begins the names of what a model holds in those of a ``PeftModel`` around it."""
+
 Pairs = Sequence[tuple[nn.Module, nn.Module]]
 
 
@@ -65,19 +68,31 @@ def refuse_without_experts(
     for name in blocks:
         block = model.get_submodule(name)
         patches.on_undo(block.register_state_dict_pre_hook(_RefuseStateDict(reason)).remove)
+        patches.on_undo(block.register_state_dict_post_hook(_leave_out).remove)
         patches.set_attribute(block, "_apply", _Apply(block, device, dtype, reason))
     patches.set_attribute(model, "_apply", _Apply(model, device, dtype, reason))
 
 
 class _RefuseStateDict:
+    """Of the model; one of a ``PeftModel`` around it is asked for adapters, and does without the experts."""
+
     def __init__(self, reason: Reason) -> None:
         self._reason = reason
 
     def __call__(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
+        if prefix.startswith(_AROUND):
+            return
         raise MoEError(
             f"the experts of this model are {self._reason.state}, so it has no complete state dict to save: copy the "
             f"checkpoint it was loaded from, or load it {self._reason.otherwise}"
         )
+
+
+def _leave_out(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """What is not there is not in a ``PeftModel``'s state dict either."""
+    if prefix.startswith(_AROUND):
+        for name in [name for name in state if name.startswith(prefix)]:
+            del state[name]
 
 
 class _Apply:

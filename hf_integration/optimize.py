@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -221,7 +221,8 @@ def optimize(model: nn.Module, **options: Any) -> Handle:
 
     ``options`` are the fields of :class:`~fairseq_moe_opt.options.MoEOptions`, and ``preset``, the name or file of a
     preset whose values count where no other option says more. The handle is also ``model.moe``. State
-    dict, parameter objects and module names stay; ``handle.undo()`` takes everything back.
+    dict, parameter objects and module names stay; ``handle.undo()`` takes everything back. Of a ``PeftModel`` it is
+    the model inside that is optimised.
 
     Raises NoMoELayerError when no known layer is found, OptionError for a wrong option or a model that already is
     optimised, KernelError when the kernel asked for cannot run on the model's device and dtype, CheckpointError for
@@ -229,6 +230,8 @@ def optimize(model: nn.Module, **options: Any) -> Handle:
     """
     wanted = MoEOptions.from_kwargs(**with_preset(options))
     require_ranks(wanted)
+    if hasattr(model, "get_base_model"):
+        model = cast(nn.Module, model.get_base_model())  # type: ignore[operator]
     if isinstance(getattr(model, "moe", None), Handle):
         raise OptionError("model", "this model is already optimised; call model.moe.undo() first to change options")
     if wanted.buffered:

@@ -128,9 +128,7 @@ def _with_experts_in_files(
     layers = tuple(_expert_layer(name, module, stored, index) for name, module in experts_modules(model))
     held = layers
     if spread is not None:
-        held = tuple(
-            replace(one, experts=tuple(one.experts[expert] for expert in spread.held(one.name))) for one in layers
-        )
+        held = tuple(replace(one, share=spread.held(one.name)) for one in layers)
     buffer = build_buffer(held, options, source.device, source.dtype, matrices)
     _read_rest(model, stored, index, source)
     handle = install(model, options, buffer, spread)

@@ -115,8 +115,9 @@ def _any_config(folder: Path) -> Any:
 
 
 def quiet_host() -> None:
-    """Keep Transformers' advice off the terminal; its errors stay."""
+    """Keep Transformers' advice and bars off the terminal; its errors stay."""
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
 
 
 def translate_lines(

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fairseq_moe_opt.moe.kernels import available_kernels
-from hf_integration.families import family_of
+from hf_integration.families import experts_interface, family_of
 from hf_integration.optimize import Handle, optimize
 from hf_integration.text import language_codes, source_limit
 from hf_integration.translate import pad_rows
@@ -75,14 +75,16 @@ def compare(
     stock: bool = False,
     others: Mapping[str, Callable[[], PreTrainedModel]] | None = None,
 ) -> list[Comparison]:
-    """Compare static gating and every kernel that runs here with the naive loop, on a loaded ``model``.
+    """Compare static gating, where there is, and every kernel that runs here with the naive loop, on ``model``.
 
     ``stock`` adds the host's own layers, ``others`` models that are loaded in another way. ``model`` comes back as it
     was given: optimised the same way, or not.
     """
     before = model.moe.options if isinstance(getattr(model, "moe", None), Handle) else None
     weight = expert_weight(model)
-    ways: dict[str, dict[str, str] | None] = {STATIC: {"gating": "static"}}
+    # Models whose own routers route have no capacity to pad to.
+    host_routes = family_of(model) is experts_interface
+    ways: dict[str, dict[str, str] | None] = {} if host_routes else {STATIC: {"gating": "static"}}
     ways |= {name: {"kernel": name} for name in available_kernels(weight.device, weight.dtype) if name != REFERENCE}
     if stock:
         ways[STOCK] = None
@@ -102,9 +104,10 @@ def compare(
 
 
 def expert_weight(model: PreTrainedModel) -> Tensor:
-    """The first matrix of the first expert, whose dtype says which kernels can run."""
-    _, layer = next(family_of(model).expert_linears(model))
-    return cast(Tensor, layer.weight)
+    """The first matrix of the first expert, or of all, whose dtype says which kernels can run."""
+    for _, layer in family_of(model).expert_linears(model):
+        return cast(Tensor, layer.weight)
+    return next(iter(experts_interface.experts_of(model).values())).stacks().first
 
 
 def text_batches(

@@ -30,7 +30,8 @@ _ITEM_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2}
 _TOP_K: Mapping[str, int] = {"nllb-moe": 2, "switch_transformers": 1}
 # One tensor an expert (NLLB-MoE, Switch, fairseq, Mixtral on disk), or all experts of a layer in one.
 _EXPERT = re.compile(r"(?P<layer>.*)\.experts\.(?:expert_)?(?P<expert>\d+)\..+")
-_STACKED = re.compile(r"(?P<layer>.*)\.experts\.(?:gate_up_proj|down_proj)(?:_bias)?")
+_STACKED = re.compile(r"(?P<layer>.*)\.experts\.(?:gate_up_proj|up_proj|down_proj)(?:_bias|_blocks|_scales)?")
+_STACKED_LINEAR = re.compile(r"(?P<layer>.*)\.(?:input|output)_linear\.weight")  # GraniteMoE: three dimensions
 _SCALE = ".weight_scale"
 """Ends the names of int8 weights' scales, which are bytes but no parameters."""
 
@@ -120,15 +121,21 @@ def summarize(index: CheckpointIndex, config: Mapping[str, Any], memory: int | N
         dense_bytes=total - expert_bytes,
         expert_bytes=expert_bytes,
         one_expert_bytes=max((layer.nbytes // layer.num_experts for layer in layers), default=0),
-        expert_dtypes=_bytes_by_dtype(record for record in records if _is_expert(record.name)),
+        expert_dtypes=_bytes_by_dtype(record for record in records if _expert_of(record) is not None),
         dtypes=_bytes_by_dtype(records),
         files={file.name: file.stat().st_size for file in index.files},
         fits=what_fits(parameters, memory),
     )
 
 
-def _is_expert(name: str) -> bool:
-    return _EXPERT.fullmatch(name) is not None or _STACKED.fullmatch(name) is not None
+def _expert_of(record: TensorRecord) -> tuple[str, int] | None:
+    """The layer whose experts a tensor is of, and how many there are at least; None for other tensors."""
+    if match := _EXPERT.fullmatch(record.name):
+        return match["layer"], int(match["expert"]) + 1
+    match = _STACKED.fullmatch(record.name)
+    if match is None and len(record.shape) == 3:
+        match = _STACKED_LINEAR.fullmatch(record.name)
+    return (match["layer"], record.shape[0]) if match and record.shape else None
 
 
 def _parameters(records: Iterable[TensorRecord]) -> int:
@@ -231,10 +238,8 @@ def _phases(info: CheckpointInfo) -> Iterable[str]:
 def _moe_layers(records: Iterable[TensorRecord]) -> tuple[MoELayerInfo, ...]:
     groups: dict[str, list[tuple[int, TensorRecord]]] = {}
     for record in records:
-        if match := _EXPERT.fullmatch(record.name):
-            groups.setdefault(match["layer"], []).append((int(match["expert"]) + 1, record))
-        elif (match := _STACKED.fullmatch(record.name)) and record.shape:
-            groups.setdefault(match["layer"], []).append((record.shape[0], record))
+        if (known := _expert_of(record)) is not None:
+            groups.setdefault(known[0], []).append((known[1], record))
     layers = [
         MoELayerInfo(
             name=name,

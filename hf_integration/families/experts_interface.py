@@ -12,7 +12,8 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from fairseq_moe_opt.build import ExpertBuffer, LayerSpec, build_layer
+from fairseq_moe_opt.buffering import BufferedExperts
+from fairseq_moe_opt.build import BufferedShare, ExpertBuffer, ExpertShare, LayerSpec, build_layer
 from fairseq_moe_opt.errors import OptionError
 from fairseq_moe_opt.moe import MoELayer
 from fairseq_moe_opt.moe.routing import GivenRouting
@@ -78,6 +79,7 @@ def install(
     patches, masks = Patches(), PaddingMasks()
     _watch_stacks(model, masks, patches)
     layers: list[MoELayer] = []
+    shares: dict[str, ExpertShare] = {}
     expert_bytes = 0
     for name, experts in experts_of(model).items():
         store = StackedExperts(experts.layout, experts.stacks) if buffer is None else buffer.stores[name]
@@ -85,11 +87,13 @@ def install(
         router = GivenRouting(experts.num_experts, _top_k(experts.module, model))
         spec = LayerSpec(name, phase_of(name), router, experts.activation)
         exchange = None if spread is None else spread.exchange(name)
+        if spread is not None and isinstance(store, BufferedExperts):  # as all are that are spread
+            shares[name] = BufferedShare(store)
         layer = build_layer(spec, options, no_gate, store, exchange=exchange)
         patches.replace_forward(experts.module, _ExpertsForward(experts.module, layer, masks))
         layers.append(layer)
     report = None if buffer is None else buffer.report
-    return Installed(NAME, tuple(layers), patches, expert_bytes, masks, report, notes=_notes(len(layers)))
+    return Installed(NAME, tuple(layers), patches, expert_bytes, masks, report, shares, _notes(len(layers)))
 
 
 def _notes(num_layers: int) -> tuple[str, ...]:

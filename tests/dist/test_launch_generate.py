@@ -33,11 +33,12 @@ def test_two_ranks_write_what_one_process_does(tmp_path: Path) -> None:
     assert not journal_path(output).exists()
 
 
-def launch(folder: Path, prompts: Path, output: Path) -> None:
+def launch(folder: Path, prompts: Path, output: Path, settings: tuple[str, ...] = SETTINGS) -> None:
+    """Two ranks continue ``prompts``."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    command = [sys.executable, "-m", "hf_integration.launch", "generate", str(folder), str(prompts), *SETTINGS]
+    command = [sys.executable, "-m", "hf_integration.launch", "generate", str(folder), str(prompts), *settings]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     ranks = [

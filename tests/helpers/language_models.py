@@ -120,3 +120,15 @@ def greedy(model: PreTrainedModel, new_tokens: int = 8) -> Tensor:
     """Prompts and what follows them."""
     result: Tensor = model.generate(**prompts(), max_new_tokens=new_tokens, do_sample=False)  # type: ignore[attr-defined]
     return result
+
+
+def letters_tokenizer() -> Any:
+    """A tokenizer of that vocabulary, a token a word: a, b ... z, a26 ..."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {f"{chr(97 + i % 26)}{'' if i < 26 else i}": i + 2 for i in range(VOCABULARY - 2)}
+    tokenizer = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1, **words}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", padding_side="left"
+    )

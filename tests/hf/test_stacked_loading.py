@@ -20,10 +20,10 @@ from fairseq_moe_opt.checkpoints import open_index
 from fairseq_moe_opt.errors import CheckpointError, MoEError, OptionError
 from fairseq_moe_opt.moe.quantization import dequantize_rows, quantize_rows
 from fairseq_moe_opt.moe.trace import read_trace
-from hf_integration import from_pretrained
+from hf_integration import from_pretrained, optimize
 from hf_integration.experts_module import ExpertsModule, experts_modules
 from tests.helpers.compare import assert_close_relative
-from tests.helpers.language_models import FAMILIES, greedy, language_model, logits_of
+from tests.helpers.language_models import FAMILIES, greedy, language_model, letters_tokenizer, logits_of
 from tests.helpers.releases import families
 
 Saved = Callable[[str], Path]
@@ -128,25 +128,52 @@ def test_traces_of_a_run(saved: Saved, tmp_path: Path) -> None:
     check(warm, "Olmoe")
 
 
-def test_the_text_generation_pipeline(saved: Saved) -> None:
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=_letters(), pad_token="[PAD]", unk_token="[UNK]", padding_side="left"
-    )
+@pytest.mark.parametrize("memory", ["all", "40%"])
+@pytest.mark.parametrize("family", ["Mixtral", "GptOss"])
+def test_the_text_generation_pipeline(saved: Saved, family: str, memory: str) -> None:
     texts = []
-    for model in (language_model("Mixtral"), from_pretrained(saved("Mixtral"), expert_memory="40%")):
+    for model in (language_model(family), from_pretrained(saved(family), expert_memory=memory)):
         model.generation_config.eos_token_id = None
-        pipe = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)
+        pipe = transformers.pipeline("text-generation", model=model, tokenizer=letters_tokenizer())
         texts.append(pipe(["a b c", "d e"], max_new_tokens=6, do_sample=False, batch_size=2))
     assert texts[0] == texts[1]
+    assert all(layer.routed_rows > 0 for layer in model.moe.report().layers)
 
 
-def _letters() -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fine_tuned_checkpoints_in_shards(family: str, tmp_path: Path) -> None:
+    """Weights after two steps of training, saved by the model itself in many files. Checked with 5.23.0."""
+    model = language_model(family)
+    tuned = torch.optim.SGD(model.parameters(), lr=0.05)
+    ids = torch.arange(3, 27).view(2, 12)
+    for _ in range(2):
+        tuned.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        tuned.step()
+    before, logits, tokens = expected(family)[0], logits_of(model), greedy(model)
+    assert float((before - logits).abs().max() / logits.abs().max()) > 1e-3
+    model.save_pretrained(tmp_path, max_shard_size="40KB")
+    assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 2
+    for memory in ("all", "25%"):
+        loaded = from_pretrained(tmp_path, expert_memory=memory)
+        assert_close_relative(logits_of(loaded), logits)
+        assert torch.equal(greedy(loaded), tokens)
 
-    vocabulary = {"[PAD]": 0, "[UNK]": 1, **{f"{chr(97 + i % 26)}{'' if i < 26 else i}": i + 2 for i in range(62)}}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return tokenizer
+
+@pytest.mark.parametrize("family", ["Mixtral", "GptOss"])
+def test_an_optimised_model_that_was_trained_is_saved_and_loaded(family: str, tmp_path: Path) -> None:
+    model = language_model(family)
+    optimize(model)
+    ids = torch.arange(3, 27).view(2, 12)
+    model(input_ids=ids, labels=ids).loss.backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter -= 0.05 * parameter.grad
+    logits = logits_of(model)
+    model.save_pretrained(tmp_path)
+    for memory in ("all", "25%"):
+        assert_close_relative(logits_of(from_pretrained(tmp_path, expert_memory=memory)), logits)
 
 
 def test_what_a_buffered_model_cannot_do(saved: Saved) -> None:

@@ -184,7 +184,8 @@ def test_auto_takes_it_where_it_computes_the_experts() -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.int8):
         assert choose_kernel("auto", CPU, dtype).name == "fused"
     assert choose_kernel("auto", CPU, torch.float64).name == "loop"
-    assert choose_kernel("auto", CPU, torch.float32, activation="another").name == "loop"
+    assert choose_kernel("auto", CPU, torch.float32, activation="another").name == "grouped_mm"
+    assert choose_kernel("auto", CPU, torch.float32, activation="another", apart=True).name == "loop"
     with pytest.raises(KernelError, match=r"float32, bfloat16 and int8 experts, not .*float16; use kernel='loop'"):
         choose_kernel("fused", CPU, torch.float16)
 

@@ -71,7 +71,7 @@ def choose_kernel(
 
 
 def _fastest(device: torch.device, dtype: torch.dtype, activation: str | None, apart: bool) -> str:
-    """On CPU the compiled kernel where it is there, else threads over experts; on CUDA grouped GEMMs save launches."""
+    """On CPU the compiled kernel where it is there; on CUDA grouped GEMMs save launches. Else threads over experts."""
     if device.type == "cuda" and not apart:
         if get_kernel("grouped_mm").refusal(device, dtype) is None:
             return "grouped_mm"
@@ -79,7 +79,11 @@ def _fastest(device: torch.device, dtype: torch.dtype, activation: str | None, a
         if known and _TRITON.refusal(device, dtype) is None and _TRITON.suits(device, dtype):
             return "triton"
     known = activation is None or activation in FusedKernel.activations
-    return "fused" if known and get_kernel("fused").refusal(device, dtype) is None else "loop"
+    if known and get_kernel("fused").refusal(device, dtype) is None:
+        return "fused"
+    # Few rows an expert, and an activation of many operations: done for all rows at once, they cost much less.
+    at_once = device.type == "cpu" and not (known or apart)
+    return "grouped_mm" if at_once and get_kernel("grouped_mm").refusal(device, dtype) is None else "loop"
 
 
 _LOOP, _TRITON = LoopKernel(), TritonKernel()

@@ -1,4 +1,8 @@
-"""Grouped GEMMs through ``torch.nn.functional.grouped_mm``: two calls a layer, whatever the number of experts."""
+"""Grouped GEMMs: on CUDA ``torch.nn.functional.grouped_mm``, two calls a layer, whatever the number of experts.
+
+On a CPU torch's function is a loop over the groups, each product on all cores, that asks for aligned rows. The same
+loop is here, without that condition; everything between the products is done for all rows at once.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ _ALIGNMENT_BYTES = 16
 
 
 class GroupedMMKernel:
-    """Computes all experts of a packed layer at once. On CPU torch itself loops over the groups."""
+    """Computes all experts of a packed layer at once, matrix by matrix."""
 
     name = "grouped_mm"
     needs_packed = True
@@ -48,7 +52,8 @@ class GroupedMMKernel:
         if packed is None:
             raise KernelError("kernel 'grouped_mm' needs experts packed in one tensor; this store keeps them apart")
         row_bytes = rows.element_size()
-        if any(width * row_bytes % _ALIGNMENT_BYTES for width in packed.fc1_weight.shape[1:]):
+        unaligned = any(width * row_bytes % _ALIGNMENT_BYTES for width in packed.fc1_weight.shape[1:])
+        if unaligned and rows.device.type != "cpu":
             raise KernelError(
                 f"kernel 'grouped_mm' needs rows of a multiple of {_ALIGNMENT_BYTES} bytes; experts are "
                 f"{tuple(packed.fc1_weight.shape[1:])} of {row_bytes} bytes: use kernel='loop'"
@@ -68,12 +73,19 @@ class _Products:
         counts = [0] * num_experts
         for segment in segments:
             counts[segment.expert] = segment.stop - segment.start
+        self._segments = segments
         self._counts = torch.tensor(counts, device=rows.device)
         self._offsets = self._counts.cumsum(0).to(torch.int32)
 
     def __call__(self, left: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """(R, in) rows times their experts' (E, out, in), plus (E, out)."""
-        result = functional.grouped_mm(left, weight.transpose(1, 2), offs=self._offsets)
+        if left.device.type == "cpu":
+            result = left.new_empty(left.shape[0], weight.shape[1])
+            for segment in self._segments:
+                here = slice(segment.start, segment.stop)
+                torch.mm(left[here], weight[segment.expert].t(), out=result[here])
+        else:
+            result = functional.grouped_mm(left, weight.transpose(1, 2), offs=self._offsets)
         return self._plus(result, bias)
 
     def gate_and_up(self, rows: Tensor, packed: PackedExperts) -> tuple[Tensor, Tensor]:
