@@ -30,9 +30,6 @@ _BIASES = ("fc1_bias", "gate_bias", "fc2_bias")
 _UNKNOWN = tuple({field.name for field in fields(ExpertWeights)} - {*_MATRICES, *_SCALES, *_BIASES})
 """Fields that the compiled code does not know of: an expert that has one goes to the loop."""
 
-_FEW_BFLOAT16_ROWS = 8
-"""Up to so many bfloat16 rows of an int8 expert are computed as integers; more, as bfloat16."""
-
 
 class FusedKernel:
     """Experts with few rows in one compiled call; the others as ``loop`` computes them."""
@@ -129,7 +126,6 @@ class FusedKernel:
             _ACTIVATIONS[activation],
             extension.level,
             torch.get_num_threads(),
-            _FEW_BFLOAT16_ROWS,
         )
         scratch = self._workspace.take("fused", 1, extension.scratch_bytes(call), torch.uint8)
         extension.run(call, scratch.data_ptr())

@@ -26,8 +26,10 @@ namespace {
 
 constexpr int CHUNK = 64;          // rows of one pass over a panel
 constexpr int PANEL_STRIDE = 48;   // outputs of a panel, at most: a multiple of every tile's
-constexpr int DIGITS = 3;          // bytes of a fixed-point number
-constexpr int DIGIT_ROWS = 21;     // rows whose digits fill a chunk
+constexpr int DIGITS = 3;          // bytes of a fixed-point number, at most
+constexpr int DIGIT_ROWS = 32;     // rows of one pass, as fixed-point numbers
+constexpr int SUM_ROWS = DIGITS * DIGIT_ROWS > CHUNK ? DIGITS * DIGIT_ROWS : CHUNK;
+constexpr double EVEN_RATIO = 24;  // see two_bytes_do() in epilogue.inc
 
 constexpr int64_t LINE = 64;       // bytes of a cache's line
 
@@ -64,12 +66,13 @@ inline uint16_t to_bf16(float value) {  // to the nearest, ties to even, as torc
 // How an expert is computed.
 enum Mode {
     FLOATS,         // float32 products of float32 weights, or of others unpacked a block at a time
-    BF16_PRODUCTS,  // bfloat16 dot products of bfloat16 weights, or of int8 codes unpacked
+    BF16_PRODUCTS,  // bfloat16 dot products
     DIGIT_PRODUCTS  // int8 codes times the digits of fixed-point rows: exact sums of integers
 };
 
 struct RowUnit {
     double unit, raised;  // what one stands for, and what the raised codes add to a row's sums
+    int64_t digits;       // bytes, the same for all rows of a chunk
 };
 
 struct Work {
@@ -108,11 +111,11 @@ using PanelFn = void (*)(const void* x, int64_t ldx, int64_t rows, const void* w
                          int64_t K, const char* next, void* sums);
 
 struct Routines {
-    PanelFn floats_f32, floats_bf16, floats_i8, bf16_bf16, bf16_i8, digits_i8;
+    PanelFn floats_f32, floats_bf16, floats_i8, bf16_bf16, digits_i8;
     void (*finish)(const Job&, const Work&, bool first, int64_t row, int64_t rows, int64_t n0, int64_t n1,
                    const void* sums, const void* gate_sums);
-    void (*digits)(const void* x, int dtype, int64_t width, int64_t rows, int64_t from_row, int8_t* into, int64_t ld,
-                   RowUnit* units);
+    void (*digits)(const void* x, int dtype, int64_t width, int64_t rows, int64_t from_row, bool all_three, int8_t* into,
+                   int64_t ld, RowUnit* units);
 };
 
 inline int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
@@ -201,10 +204,9 @@ namespace avx512_vnni {
 #undef TARGET
 
 #define TARGET __attribute__((target(AVX512_TARGET ",avx512vnni,avx512bf16")))
-#define MORE_ROUTINES                                    \
-    r.digits_i8 = any_panel<Digits, AsIs<Digits>>;       \
-    r.bf16_bf16 = any_panel<Bf16Pairs, AsIs<Bf16Pairs>>; \
-    r.bf16_i8 = any_panel<Bf16Pairs, Bf16OfCodes>;
+#define MORE_ROUTINES                              \
+    r.digits_i8 = any_panel<Digits, AsIs<Digits>>; \
+    r.bf16_bf16 = any_panel<Bf16Pairs, AsIs<Bf16Pairs>>;
 namespace avx512_bf16 {
 #include "avx512.inc"
 #include "avx512_vnni.inc"
@@ -246,13 +248,11 @@ const Routines& routines_of(int level) {
 // An integer sum must fit in 32 bits: K products of at most 255 * 128.
 constexpr int64_t WIDEST_DIGITS = INT32_MAX / (255 * 128);
 
-Mode mode_of(const Job& job, int64_t rows, int64_t few) {
+Mode mode_of(const Job& job) {
     const Routines& r = *job.routines;
     if (job.weights_dtype == BF16 && r.bf16_bf16) return BF16_PRODUCTS;
-    if (job.weights_dtype != I8) return FLOATS;
-    const bool digits = r.digits_i8 && job.model_width <= WIDEST_DIGITS && job.ffn_width <= WIDEST_DIGITS;
-    if (job.rows_dtype == BF16 && r.bf16_i8 && (rows > few || !digits)) return BF16_PRODUCTS;
-    return digits ? DIGIT_PRODUCTS : FLOATS;
+    const bool narrow = job.model_width <= WIDEST_DIGITS && job.ffn_width <= WIDEST_DIGITS;
+    return job.weights_dtype == I8 && r.digits_i8 && narrow ? DIGIT_PRODUCTS : FLOATS;
 }
 
 // Elements from a row to the next: not a power of two, or the rows of a tile would share a few sets of the cache.
@@ -332,7 +332,7 @@ void convert(const Job& job, const Work& work, int64_t from, int64_t to) {
     const char* rows = job.rows + (work.expert.start + from) * D * size;
     if (work.mode == DIGIT_PRODUCTS) {
         int8_t* into = static_cast<int8_t*>(work.x_made) + from * DIGITS * work.ldx;
-        job.routines->digits(rows, job.rows_dtype, D, to - from, D, into, work.ldx, work.x_units + from);
+        job.routines->digits(rows, job.rows_dtype, D, to - from, D, job.rows_dtype == F32, into, work.ldx, work.x_units + from);
         return;
     }
     for (int64_t m = 0; m < to - from; ++m) {
@@ -354,7 +354,7 @@ void convert(const Job& job, const Work& work, int64_t from, int64_t to) {
 PanelFn panel_of(const Job& job, Mode mode) {
     const Routines& r = *job.routines;
     if (mode == DIGIT_PRODUCTS) return r.digits_i8;
-    if (mode == BF16_PRODUCTS) return job.weights_dtype == I8 ? r.bf16_i8 : r.bf16_bf16;
+    if (mode == BF16_PRODUCTS) return r.bf16_bf16;
     return job.weights_dtype == I8 ? r.floats_i8 : job.weights_dtype == BF16 ? r.floats_bf16 : r.floats_f32;
 }
 
@@ -366,7 +366,7 @@ const char* weights_at(const Job& job, const Item& item, int64_t n) {
 
 // fc1 and the gate, or fc2, of the item's outputs and all rows of its expert. `then` is what this thread does after it.
 void multiply(const Job& job, const Item& item, const Item* then) {
-    alignas(64) char sums[CHUNK * PANEL_STRIDE * 4], gate_sums[CHUNK * PANEL_STRIDE * 4];
+    alignas(64) char sums[SUM_ROWS * PANEL_STRIDE * 4], gate_sums[SUM_ROWS * PANEL_STRIDE * 4];
     const Work& work = job.works[size_t(item.work)];
     const Expert& e = work.expert;
     const bool first = item.phase == FIRST, digits = work.mode == DIGIT_PRODUCTS;
@@ -375,6 +375,7 @@ void multiply(const Job& job, const Item& item, const Item* then) {
     const void* x = first ? work.x : digits ? work.hidden_made : work.hidden;
     const int64_t ld = first ? work.ldx : digits ? padded(K, 1) : work.ldh;
     const int64_t chunk = digits ? DIGIT_ROWS : CHUNK, size = digits ? 1 : work.mode == BF16_PRODUCTS ? 2 : 4;
+    const RowUnit* units = first ? work.x_units : work.hidden_units;
     const void* gate = first ? e.gate : nullptr;
     for (int64_t n0 = item.from; n0 < item.to; n0 += PANEL_STRIDE) {
         const int64_t n1 = n0 + PANEL_STRIDE < item.to ? n0 + PANEL_STRIDE : item.to;
@@ -385,7 +386,7 @@ void multiply(const Job& job, const Item& item, const Item* then) {
         if (gate) after = static_cast<const char*>(gate) + n0 * K * weight_size(job);
         for (int64_t m = 0; m < e.rows; m += chunk) {
             const int64_t rows = e.rows - m < chunk ? e.rows - m : chunk;
-            const int64_t at = digits ? m * DIGITS : m, many = digits ? rows * DIGITS : rows;
+            const int64_t at = digits ? m * DIGITS : m, many = digits ? rows * units[m].digits : rows;
             const char* here = static_cast<const char*>(x) + at * ld * size;
             panel(here, ld, many, first ? e.fc1 : e.fc2, n0, n1, K, m ? nullptr : after, sums);
             if (gate) panel(here, ld, many, gate, n0, n1, K, m ? nullptr : gate_after, gate_sums);
@@ -402,8 +403,8 @@ void do_item(const Job& job, const Item& item, const Item* then) {
             const int64_t ld = padded(job.ffn_width, 1);
             const float* rows = static_cast<const float*>(work.hidden) + item.from * work.ldh;
             int8_t* into = static_cast<int8_t*>(work.hidden_made) + item.from * DIGITS * ld;
-            job.routines->digits(rows, F32, job.ffn_width, item.to - item.from, work.ldh, into, ld,
-                                 work.hidden_units + item.from);
+            job.routines->digits(rows, F32, job.ffn_width, item.to - item.from, work.ldh, job.rows_dtype == F32, into,
+                                 ld, work.hidden_units + item.from);
             break;
         }
         default: multiply(job, item, then);
@@ -481,7 +482,6 @@ struct MoeFusedCall {
     const void* experts;  // num_experts of struct Expert
     int64_t num_experts, model_width, ffn_width;
     int64_t rows_dtype, weights_dtype, activation, level, threads;
-    int64_t few_rows;  // up to which rows of bfloat16 meet int8 codes as integers
 };
 
 // Compute a call with `scratch`, of as many bytes as the same call with a null scratch returns. Below 0: out of memory.
@@ -502,7 +502,7 @@ EXPORT int64_t moe_fused_run(const MoeFusedCall* call, void* scratch) {
         for (int64_t i = 0; i < call->num_experts; ++i) {
             Work work{};
             work.expert = experts[i];
-            work.mode = mode_of(job, work.expert.rows, call->few_rows);
+            work.mode = mode_of(job);
             lay_out(job, work, arena);
             job.works.push_back(work);
         }
