@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fairseq_moe_opt.errors import KernelError
 from fairseq_moe_opt.moe.kernels.extension import Extension, FusedCall, load
-from fairseq_moe_opt.moe.kernels.limits import row_limit
+from fairseq_moe_opt.moe.kernels.limits import ALWAYS, row_limit
 from fairseq_moe_opt.moe.kernels.loop import LoopKernel
 from fairseq_moe_opt.moe.kernels.workspace import ThreadWorkspace
 from fairseq_moe_opt.moe.types import ExpertWave, ExpertWeights, Segment
@@ -28,14 +28,20 @@ _NUMBERS = 14
 
 
 class FusedKernel:
-    """Experts with few rows in one compiled call; the others as ``loop`` computes them."""
+    """Experts with few rows in one compiled call; the others as ``loop`` computes them.
+
+    Args:
+        loop: computes the others.
+        always: take any number of rows, which is how the limits are measured.
+    """
 
     name = "fused"
     needs_packed = False
     activations = frozenset(_ACTIVATIONS)
 
-    def __init__(self, loop: LoopKernel) -> None:
+    def __init__(self, loop: LoopKernel, *, always: bool = False) -> None:
         self._loop = loop
+        self._always = always
         self._workspace = ThreadWorkspace()
 
     def refusal(self, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -63,7 +69,7 @@ class FusedKernel:
         for segment in segments:
             expert, num_rows = weights[segment.expert], segment.stop - segment.start
             addresses = None
-            if suits and num_rows <= _most_rows(expert, rows.dtype, extension.level):
+            if suits and num_rows <= self._most_rows(expert, rows.dtype, extension.level):
                 addresses = _addresses(expert, rows.dtype, converted)
             if addresses is None:
                 left.append(segment)
@@ -81,6 +87,14 @@ class FusedKernel:
         if isinstance(extension, str):
             raise KernelError(f"kernel 'fused' cannot run here: {extension}; use kernel='loop'")
         return extension
+
+    def _most_rows(self, expert: ExpertWeights, rows: torch.dtype, level: int) -> int:
+        """How many rows of an expert the compiled code takes: depends on this expert only; 0 if it cannot at all."""
+        weight = expert.fc1_weight
+        if weight.dtype != (torch.int8 if expert.is_quantized else rows):
+            return 0
+        ffn_width, model_width = weight.shape
+        return ALWAYS if self._always else row_limit(weight.dtype, rows, model_width, ffn_width, level)
 
     def _fused(
         self, extension: Extension, rows: Tensor, numbers: array[int], first: Tensor, activation: str, out: Tensor
@@ -101,15 +115,6 @@ class FusedKernel:
         )
         scratch = self._workspace.take("fused", 1, extension.scratch_bytes(call), torch.uint8)
         extension.run(call, scratch.data_ptr())
-
-
-def _most_rows(expert: ExpertWeights, rows: torch.dtype, level: int) -> int:
-    """How many rows of an expert the compiled code takes: depends on this expert only, and is 0 if it cannot at all."""
-    weight = expert.fc1_weight
-    if weight.dtype != (torch.int8 if expert.is_quantized else rows):
-        return 0
-    ffn_width, model_width = weight.shape
-    return row_limit(weight.dtype, rows, model_width, ffn_width, level)
 
 
 def _addresses(expert: ExpertWeights, rows: torch.dtype, converted: list[Tensor]) -> list[int] | None:

@@ -25,7 +25,7 @@ _SHIPPED: Mapping[tuple[str, str], Mapping[str, int]] = {
     ("float32", "float32"): {"avx512": ALWAYS, "avx2": 4, "generic": 4},
     ("bfloat16", "bfloat16"): {"avx512_bf16": 256, "avx512": 4, "avx2": 4, "generic": 2},
     ("int8", "float32"): {"avx512_vnni": ALWAYS, "avx512": 16, "avx2": 8, "generic": 1},
-    ("int8", "bfloat16"): {"avx512_bf16": 128, "avx512": 8, "avx2": 4, "generic": 1},
+    ("int8", "bfloat16"): {"avx512_vnni": 512, "avx512": 8, "avx2": 4, "generic": 1},
 }
 """By dtype of the weights and of the rows: the least instruction set, and its limit."""
 
