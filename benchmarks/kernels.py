@@ -1,11 +1,14 @@
 """Expert kernels on CPU, shape by shape: decoding against the memory's speed, prefill against one dense FFN.
 
 Every side computes the same rows with the same experts; their outputs are compared with float32 first, then they take
-turns for several rounds. In each round memory is read once (the sum of a 1 GiB tensor) and one dense FFN with as many
-FLOPs of the same dtype is computed, and all ratios are medians of ratios within a round. Decoding reads every expert
-once for 1 to 8 rows each; prefill has 32 rows an expert, as 512 tokens with two choices have among 32. Random
-weights, all experts together larger than the caches. Beside them, Transformers' own functions for experts where they
-apply.
+turns for several rounds. Memory's speed changes from one second to the next on a machine that others use too, so it is
+measured right before and right after every side (torch's sum of a 512 MiB tensor, on as many threads); a side is
+compared with the mean of the two. For prefill, one dense FFN with as many FLOPs of the rows' dtype takes its turn among
+the sides. Ratios are medians of ratios within a round. Decoding reads every expert once for 1 to 8 rows each; prefill
+has 32 rows an expert, as 512 tokens with two choices have among 32. Random weights, all experts together larger than
+the caches. Beside them, Transformers' own functions for experts where they apply.
+
+With ``--add`` the cases are measured in several runs on one machine: those already in the file stay.
 """
 
 from __future__ import annotations
@@ -20,17 +23,22 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from _machine import write_results
+from _kernel_results import BenchmarkError, Row, add_to, table_of
+from _machine import machine, write_results
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from fairseq_moe_opt.moe.experts import expert_ffn
 from fairseq_moe_opt.moe.kernels import available_kernels, extension, get_kernel, limits
+from fairseq_moe_opt.moe.kernels.fused import FusedKernel
+from fairseq_moe_opt.moe.kernels.loop import LoopKernel
+from fairseq_moe_opt.moe.protocols import ExpertKernel
 from fairseq_moe_opt.moe.quantization import dequantize, quantize_into
 from fairseq_moe_opt.moe.types import ExpertWave, ExpertWeights, PackedExperts, Segment
 
-BANDWIDTH, DENSE = "bandwidth", "dense FFN"
+DENSE = "dense FFN"
+PLAIN_NUMBERS = 2**27
+"""float32 numbers of the tensor whose sum is the plain read."""
 DECODE_ROWS, PREFILL_ROWS = (1, 2, 4, 8), 32
 MOST_EXPERTS = 32
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -42,10 +50,6 @@ TABLE_WIDTH = 140
 RESULTS = Path(__file__).resolve().parent / "results" / "kernels.json"
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-
-
-class BenchmarkError(Exception):
-    """A side computes something else."""
 
 
 @dataclass(frozen=True)
@@ -71,37 +75,6 @@ SHAPES = (
     Shape("small", 512, 2048, False),
 )
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
-
-
-@dataclass(frozen=True)
-class Row:
-    """One side in one case.
-
-    Attributes:
-        shape, dtype, rows_dtype, experts, rows: of the case; ``rows`` an expert.
-        side: a kernel, or Transformers' function.
-        difference: of its output from float32's, relative in the norm.
-        seconds: of every round.
-        bandwidth: bytes a second of the plain read, by round.
-        dense_seconds: of the dense FFN, by round; empty when decoding.
-        weight_bytes: of the matrices that are read.
-        of_bandwidth: how fast weights are read, as a share of the plain read.
-        of_dense: speed as a share of the dense FFN's; 0 when decoding.
-    """
-
-    shape: str
-    dtype: str
-    rows_dtype: str
-    experts: int
-    rows: int
-    side: str
-    difference: float
-    seconds: list[float]
-    bandwidth: list[float]
-    dense_seconds: list[float]
-    weight_bytes: int
-    of_bandwidth: float
-    of_dense: float
 
 
 @dataclass(frozen=True)
@@ -150,19 +123,24 @@ def make_experts(
     return [packed.expert(index) for index in range(count)], packed
 
 
-def sides_of(case: Case) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    """Every way to compute the case; each call gives (R, D)."""
+def side_of(kernel: ExpertKernel, case: Case) -> Callable[[], Tensor]:
+    """The case computed by one kernel."""
     segments = [Segment(e, e * case.rows_each, (e + 1) * case.rows_each) for e in range(len(case.experts))]
     wave = ExpertWave(tuple(range(len(case.experts))), tuple(case.experts), case.packed)
     out = torch.empty_like(case.rows)
 
-    def run(name: str) -> Tensor:
-        get_kernel(name).run(case.rows, segments, wave, case.activation, out)
+    def run() -> Tensor:
+        kernel.run(case.rows, segments, wave, case.activation, out)
         return out
 
+    return run
+
+
+def sides_of(case: Case) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """Every way to compute the case; each call gives (R, D)."""
     for name in available_kernels("cpu", case.experts[0].fc1_weight.dtype):
         if name != "naive" or case.rows_each == 1:  # it reads the weights again for every row
-            yield name, lambda name=name: run(name)  # type: ignore[misc]
+            yield name, side_of(get_kernel(name), case)
     if case.packed is not None and case.shape.gated:
         yield from transformers_sides(case, case.packed)
 
@@ -230,9 +208,10 @@ def measure(case: Case, dtype: str, plain: Tensor, rounds: int) -> list[Row]:
             raise BenchmarkError(f"{case.shape.name}, {dtype}: {name} differs by {difference:.1e}")
         differences[name], sides[name] = difference, side
     prefill = case.rows_each == PREFILL_ROWS
-    others: dict[str, Callable[[], Tensor]] = {BANDWIDTH: plain.sum, **({DENSE: dense_of(case)} if prefill else {})}
-    seconds = take_turns({**others, **sides}, rounds)
-    bandwidth = [plain.nbytes / one for one in seconds[BANDWIDTH]]
+    if prefill:
+        sides[DENSE] = dense_of(case)
+    seconds, reads = take_turns(sides, rounds, plain.sum)
+    bandwidth = {name: [plain.nbytes / one for one in around] for name, around in reads.items()}
     dense = seconds.get(DENSE, [])
     nbytes = case.shape.weights * case.experts[0].fc1_weight.element_size() * len(case.experts)
     return [
@@ -245,28 +224,43 @@ def measure(case: Case, dtype: str, plain: Tensor, rounds: int) -> list[Row]:
             name,
             differences[name],
             seconds[name],
-            bandwidth,
+            bandwidth[name],
             dense,
             nbytes,
-            median(nbytes / one / speed for one, speed in zip(seconds[name], bandwidth, strict=True)),
+            median(nbytes / one / speed for one, speed in zip(seconds[name], bandwidth[name], strict=True)),
             median(theirs / one for one, theirs in zip(seconds[name], dense, strict=True)) if dense else 0.0,
         )
-        for name in sides
+        for name in differences
     ]
 
 
-def take_turns(sides: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each side in every round, after one that does not count; each round begins with another side."""
+def take_turns(
+    sides: Mapping[str, Callable[[], Any]], rounds: int, between: Callable[[], Any] = lambda: None
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Seconds of each side in every round, and of ``between``: the mean of its runs right before and after that side.
+
+    One round goes before those that count; each round begins with another side.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
+    around: dict[str, list[float]] = {name: [] for name in sides}
     names = list(sides)
+    before = seconds_of(between)
     for step in range(rounds + 1):
         for turn in range(len(names)):
             name = names[(turn + step) % len(names)]
-            start = time.perf_counter()
-            sides[name]()
+            spent, after = seconds_of(sides[name]), seconds_of(between)
             if step:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+                seconds[name].append(spent)
+                around[name].append((before + after) / 2)
+            before = after
+    return seconds, around
+
+
+def seconds_of(run: Callable[[], Any]) -> float:
+    """How long it takes."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
 
 
 def best_limit(shape: Shape, experts: Sequence[ExpertWeights], rows_dtype: torch.dtype, rounds: int) -> int:
@@ -274,53 +268,29 @@ def best_limit(shape: Shape, experts: Sequence[ExpertWeights], rows_dtype: torch
     limit, rows_each = 0, 1
     while rows_each <= 512:
         rows = torch.randn(len(experts) * rows_each, shape.model_width).to(rows_dtype)
-        sides = dict(sides_of(Case(shape, experts, None, rows, rows_each)))
-        seconds = take_turns({name: sides[name] for name in ("fused", "loop")}, rounds)
+        case = Case(shape, experts, None, rows, rows_each)
+        kernels = {"fused": FusedKernel(LoopKernel(), always=True), "loop": LoopKernel()}
+        seconds, _ = take_turns({name: side_of(kernel, case) for name, kernel in kernels.items()}, rounds)
         if median(two / one for one, two in zip(seconds["fused"], seconds["loop"], strict=True)) < 1:
             return limit
         limit, rows_each = rows_each, rows_each * 2
     return limits.ALWAYS
 
 
-def table_of(rows: Sequence[Row]) -> Table:
-    """A line a side, a block a case."""
-    table = Table(title="experts on CPU: reading weights as a share of a plain read, prefill as a share of a dense FFN")
-    for heading in ("shape", "dtype", "rows\nan expert", "side"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("ms", "GB/s", "of plain\nread", "of dense", "difference"):
-        table.add_column(heading, justify="right")
-    last = None
-    for row in rows:
-        case = (row.shape, f"{row.dtype}, {row.rows_dtype} rows" if row.dtype == "int8" else row.dtype, str(row.rows))
-        if last not in (None, case):
-            table.add_section()
-        seconds = median(row.seconds)
-        table.add_row(
-            *(case if case != last else ("", "", "")),
-            row.side,
-            f"{seconds * 1e3:.2f}",
-            f"{row.weight_bytes / seconds / 1e9:.1f}",
-            f"{row.of_bandwidth:.0%}",
-            f"{row.of_dense:.0%}" if row.of_dense else "",
-            f"{row.difference:.0e}",
-        )
-        last = case
-    return table
-
-
 @app.command()
 def main(
     shapes: Annotated[str, typer.Option(help="names, separated by commas")] = ",".join(s.name for s in SHAPES),
     dtypes: Annotated[str, typer.Option(help="of the weights, separated by commas")] = ",".join(DTYPES),
-    rounds: Annotated[int, typer.Option(help="rounds a case")] = 5,
+    rounds: Annotated[int, typer.Option(help="rounds a case")] = 7,
     budget: Annotated[float, typer.Option(help="GiB of weights a case, about")] = 0.5,
     pause: Annotated[float, typer.Option(help="seconds of rest after each case, for others on the machine")] = 0.0,
     tune: Annotated[bool, typer.Option(help="measure this machine's own limits of rows too, and keep them")] = False,
+    add: Annotated[bool, typer.Option(help="keep what the file holds of other cases")] = False,
     results: Annotated[Path, typer.Option(help="JSON file")] = RESULTS,
 ) -> None:
     """Measure, print the table, write the JSON."""
     torch.manual_seed(0)
-    console, plain, rows = Console(width=TABLE_WIDTH), torch.ones(2**28), []
+    console, plain, rows = Console(width=TABLE_WIDTH), torch.ones(PLAIN_NUMBERS), []
     found: dict[str, int] = {}
     loaded = extension.load()
     with torch.inference_mode():
@@ -341,11 +311,13 @@ def main(
     console.print(table_of(rows))
     if found:
         console.print(f"limits of rows, from the next start on: {limits.save_limits(found)}")
-    arguments = {"rounds": rounds, "budget": budget, "dtypes": dtypes, "shapes": shapes, "pause": pause}
     level = loaded if isinstance(loaded, str) else extension.LEVELS[loaded.level]
     versions = {"transformers": importlib.metadata.version("transformers")}
-    threads = torch.get_num_threads()
-    write_results(results, versions, arguments, [asdict(row) for row in rows], fused=level, threads=threads)
+    setting = {"arguments": {"rounds": rounds, "budget": budget}, "fused": level, "threads": torch.get_num_threads()}
+    measured: Sequence[Mapping[str, Any]] = [asdict(row) for row in rows]
+    if add:
+        measured = add_to(results, measured, {**setting, "machine": machine()}, [shape.name for shape in SHAPES])
+    write_results(results, versions, setting.pop("arguments"), measured, **setting)
 
 
 if __name__ == "__main__":

@@ -171,12 +171,42 @@ def test_rows_that_are_not_finite_stay_their_own() -> None:
     assert torch.isnan(out[1]).all()
 
 
+def bfloat16_rows(num_rows: int, width: int, *, ratio: float) -> Tensor:
+    """Rows of ones and minus ones, each with one number ``ratio`` times larger."""
+    rows = torch.where(torch.rand(num_rows, width) < 0.5, -1.0, 1.0)
+    rows[:, 3] = ratio
+    return rows.bfloat16()
+
+
+@pytest.mark.parametrize("ratio", [1, 20, 30, 3000])
+def test_large_numbers_in_bfloat16_rows_cost_int8_experts_nothing(level: str, ratio: float) -> None:
+    """Rows as two bytes or as three, each alone and beside the other kind: the same bits, as exact as bfloat16 is."""
+    torch.manual_seed(0)
+    expert = make_expert(1500, 256, torch.int8, torch.bfloat16)
+    rows = torch.cat([bfloat16_rows(2, 1500, ratio=ratio), torch.randn(3, 1500).bfloat16()])
+    fused, naive = (run(name, rows, [5], [expert], "relu") for name in ("fused", "naive"))
+    wide = {field.name: getattr(expert, field.name) for field in fields(expert)}
+    wide = {name: None if tensor is None else tensor.double() for name, tensor in wide.items()}
+    for matrix in ("fc1", "fc2"):
+        wide[f"{matrix}_weight"] = wide[f"{matrix}_weight"] * wide.pop(f"{matrix}_scale")[:, None]
+    exact = expert_ffn(rows.double(), ExpertWeights(**wide), "relu")
+    for i in range(5):
+        assert distance(fused[i], exact[i]) <= 1.05 * distance(naive[i], exact[i])
+    assert torch.equal(torch.cat([run("fused", row[None], [1], [expert], "relu") for row in rows]), fused)
+
+
 @needs_extension
 def test_weights_with_strides_of_their_own_are_computed_too() -> None:
     expert = make_expert(32, 64, torch.float32, torch.float32)
     turned = replace(expert, fc1_weight=expert.fc1_weight.t().contiguous().t())
     rows = torch.randn(2, 32)
     torch.testing.assert_close(run("fused", rows, [2], [turned], "relu"), run("naive", rows, [2], [expert], "relu"))
+
+
+def test_the_compiled_code_knows_every_part_of_an_expert() -> None:
+    """Another one has to be told to it, or experts that have it left to the loop."""
+    parts = {f"{matrix}_{part}" for matrix in ("fc1", "gate", "fc2") for part in ("weight", "scale", "bias")}
+    assert {field.name for field in fields(ExpertWeights)} == parts
 
 
 @needs_extension
@@ -249,14 +279,14 @@ def test_a_measured_limit_goes_before_the_shipped_one(tmp_path: Path, monkeypatc
     path = limits.save_limits({limits.shape_key(*shape): 7})
     assert path.is_relative_to(tmp_path)
     limits._measured.cache_clear()
-    limits._limit.cache_clear()
+    limits.row_limit.cache_clear()
     try:
         assert limits.row_limit(torch.float32, torch.float32, 16, 48, 2) == 7
         assert limits.row_limit(torch.float32, torch.float32, 16, 49, 2) == limits.ALWAYS
         path.write_text("not JSON", encoding="utf-8")
         limits._measured.cache_clear()
-        limits._limit.cache_clear()
+        limits.row_limit.cache_clear()
         assert limits.row_limit(torch.float32, torch.float32, 16, 48, 2) == limits.ALWAYS
     finally:
         limits._measured.cache_clear()
-        limits._limit.cache_clear()
+        limits.row_limit.cache_clear()

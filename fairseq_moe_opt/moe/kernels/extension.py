@@ -39,7 +39,6 @@ class FusedCall(ctypes.Structure):
         ("activation", c_int64),
         ("level", c_int64),
         ("threads", c_int64),
-        ("few_rows", c_int64),
     )
 
 

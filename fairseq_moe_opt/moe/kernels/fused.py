@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 
 import torch
 from torch import Tensor
 
 from fairseq_moe_opt.errors import KernelError
-from fairseq_moe_opt.moe.kernels.extension import FusedCall, load
-from fairseq_moe_opt.moe.kernels.limits import row_limit
+from fairseq_moe_opt.moe.kernels.extension import Extension, FusedCall, load
+from fairseq_moe_opt.moe.kernels.limits import ALWAYS, row_limit
 from fairseq_moe_opt.moe.kernels.loop import LoopKernel
 from fairseq_moe_opt.moe.kernels.workspace import ThreadWorkspace
 from fairseq_moe_opt.moe.types import ExpertWave, ExpertWeights, Segment
@@ -24,25 +23,25 @@ _DTYPES: Mapping[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch
 _ROWS = (torch.float32, torch.bfloat16)
 _ACTIVATIONS: Mapping[str, int] = {"relu": 0, "gelu": 1, "silu": 2}
 
-_MATRICES = ("fc1_weight", "gate_weight", "fc2_weight")
-_SCALES = ("fc1_scale", "gate_scale", "fc2_scale")
-_BIASES = ("fc1_bias", "gate_bias", "fc2_bias")
-_UNKNOWN = tuple({field.name for field in fields(ExpertWeights)} - {*_MATRICES, *_SCALES, *_BIASES})
-"""Fields that the compiled code does not know of: an expert that has one goes to the loop."""
-
-_FEW_BFLOAT16_ROWS = 8
-"""Up to so many bfloat16 rows of an int8 expert are computed as integers; more, as bfloat16."""
+_NUMBERS = 14
+"""That describe an expert to the compiled code."""
 
 
 class FusedKernel:
-    """Experts with few rows in one compiled call; the others as ``loop`` computes them."""
+    """Experts with few rows in one compiled call; the others as ``loop`` computes them.
+
+    Args:
+        loop: computes the others.
+        always: take any number of rows, which is how the limits are measured.
+    """
 
     name = "fused"
     needs_packed = False
     activations = frozenset(_ACTIVATIONS)
 
-    def __init__(self, loop: LoopKernel) -> None:
+    def __init__(self, loop: LoopKernel, *, always: bool = False) -> None:
         self._loop = loop
+        self._always = always
         self._workspace = ThreadWorkspace()
 
     def refusal(self, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -63,65 +62,49 @@ class FusedKernel:
             for segment in segments:
                 out[segment.start : segment.stop].copy_(results[segment.start : segment.stop])
             return
-        self._refuse_without_extension()
+        extension = self._loaded()
         weights = dict(zip(wave.experts, wave.weights, strict=True))
-        fused: list[Segment] = []
-        left: list[Segment] = []
+        suits = rows.dtype in _ROWS and activation in _ACTIVATIONS and rows.is_contiguous() and out.is_contiguous()
+        numbers, converted, left = array("q"), list[Tensor](), list[Segment]()
         for segment in segments:
-            suits = self._suits(rows, weights[segment.expert], segment.stop - segment.start, activation, out)
-            (fused if suits else left).append(segment)
+            expert, num_rows = weights[segment.expert], segment.stop - segment.start
+            addresses = None
+            if suits and num_rows <= self._most_rows(expert, rows.dtype, extension.level):
+                addresses = _addresses(expert, rows.dtype, converted)
+            if addresses is None:
+                left.append(segment)
+                continue
+            numbers.extend(addresses)
+            numbers.extend((int(rows.dtype == torch.bfloat16), segment.start, num_rows, 0, 0))
         if left:
             self._loop.run(rows, left, wave, activation, out)
-        if fused:
-            self._fused(rows, fused, weights, activation, out)
+        if numbers:
+            self._fused(extension, rows, numbers, wave.weights[0].fc1_weight, activation, out)
 
     @staticmethod
-    def _refuse_without_extension() -> None:
+    def _loaded() -> Extension:
         extension = load()
         if isinstance(extension, str):
             raise KernelError(f"kernel 'fused' cannot run here: {extension}; use kernel='loop'")
+        return extension
 
-    @staticmethod
-    def _suits(rows: Tensor, expert: ExpertWeights, num_rows: int, activation: str, out: Tensor) -> bool:
-        """Whether the compiled code is to compute an expert: depends on itself and its rows only."""
+    def _most_rows(self, expert: ExpertWeights, rows: torch.dtype, level: int) -> int:
+        """How many rows of an expert the compiled code takes: depends on this expert only; 0 if it cannot at all."""
         weight = expert.fc1_weight
-        extension = load()
-        if isinstance(extension, str) or rows.dtype not in _ROWS or activation not in _ACTIVATIONS:
-            return False
-        if not expert.is_quantized and weight.dtype != rows.dtype:
-            return False
-        if any(getattr(expert, name) is not None for name in _UNKNOWN):
-            return False
-        if not (rows.is_contiguous() and out.is_contiguous() and all(t.is_contiguous() for t in expert.tensors())):
-            return False
+        if weight.dtype != (torch.int8 if expert.is_quantized else rows):
+            return 0
         ffn_width, model_width = weight.shape
-        return num_rows <= row_limit(weight.dtype, rows.dtype, model_width, ffn_width, extension.level)
+        return ALWAYS if self._always else row_limit(weight.dtype, rows, model_width, ffn_width, level)
 
     def _fused(
-        self,
-        rows: Tensor,
-        segments: Sequence[Segment],
-        weights: Mapping[int, ExpertWeights],
-        activation: str,
-        out: Tensor,
+        self, extension: Extension, rows: Tensor, numbers: array[int], first: Tensor, activation: str, out: Tensor
     ) -> None:
-        extension = load()
-        if isinstance(extension, str):
-            return
-        numbers, kept = array("q"), []
-        for segment in segments:
-            expert = weights[segment.expert]
-            biases = [_bias(getattr(expert, name, None), rows.dtype) for name in _BIASES]
-            kept.append(biases)
-            numbers.extend(_address(getattr(expert, name)) for name in (*_MATRICES, *_SCALES))
-            numbers.extend(map(_address, biases))
-            numbers.extend((int(rows.dtype == torch.bfloat16), segment.start, segment.stop - segment.start, 0, 0))
-        first = weights[segments[0].expert].fc1_weight
+        """Compute the experts that ``numbers`` describes; ``first`` is any one's ``fc1_weight``."""
         call = FusedCall(
             rows.data_ptr(),
             out.data_ptr(),
             numbers.buffer_info()[0],
-            len(segments),
+            len(numbers) // _NUMBERS,
             first.shape[1],
             first.shape[0],
             _DTYPES[rows.dtype],
@@ -129,16 +112,39 @@ class FusedKernel:
             _ACTIVATIONS[activation],
             extension.level,
             torch.get_num_threads(),
-            _FEW_BFLOAT16_ROWS,
         )
         scratch = self._workspace.take("fused", 1, extension.scratch_bytes(call), torch.uint8)
         extension.run(call, scratch.data_ptr())
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+def _addresses(expert: ExpertWeights, rows: torch.dtype, converted: list[Tensor]) -> list[int] | None:
+    """Where an expert's tensors lie, in the compiled code's order, 0 for none; None if it cannot read one of them.
 
-
-def _bias(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """In the rows' dtype, in which the compiled code reads it."""
-    return bias if bias is None or bias.dtype == dtype else bias.to(dtype)
+    Asked anew in each call, as tensors may move between two. ``converted`` keeps biases in the rows' dtype alive.
+    """
+    found = []
+    for tensor in (
+        expert.fc1_weight,
+        expert.gate_weight,
+        expert.fc2_weight,
+        expert.fc1_scale,
+        expert.gate_scale,
+        expert.fc2_scale,
+    ):
+        if tensor is None:
+            found.append(0)
+        elif tensor.is_contiguous():
+            found.append(tensor.data_ptr())
+        else:
+            return None
+    for bias in (expert.fc1_bias, expert.gate_bias, expert.fc2_bias):
+        if bias is None:
+            found.append(0)
+            continue
+        if bias.dtype != rows:
+            bias = bias.to(rows)
+            converted.append(bias)
+        elif not bias.is_contiguous():
+            return None
+        found.append(bias.data_ptr())
+    return found

@@ -25,11 +25,12 @@ _SHIPPED: Mapping[tuple[str, str], Mapping[str, int]] = {
     ("float32", "float32"): {"avx512": ALWAYS, "avx2": 4, "generic": 4},
     ("bfloat16", "bfloat16"): {"avx512_bf16": 256, "avx512": 4, "avx2": 4, "generic": 2},
     ("int8", "float32"): {"avx512_vnni": ALWAYS, "avx512": 16, "avx2": 8, "generic": 1},
-    ("int8", "bfloat16"): {"avx512_bf16": 128, "avx512": 8, "avx2": 4, "generic": 1},
+    ("int8", "bfloat16"): {"avx512_vnni": 512, "avx512": 8, "avx2": 4, "generic": 1},
 }
 """By dtype of the weights and of the rows: the least instruction set, and its limit."""
 
 
+@cache
 def row_limit(weights: torch.dtype, rows: torch.dtype, model_width: int, ffn_width: int, level: int) -> int:
     """The most rows of one expert that the compiled kernel takes at place ``level`` of ``LEVELS``.
 
@@ -38,13 +39,9 @@ def row_limit(weights: torch.dtype, rows: torch.dtype, model_width: int, ffn_wid
         model_width, ffn_width: D and F.
         level: place of the instruction set in ``LEVELS``.
     """
-    return _limit(_name(weights), _name(rows), model_width, ffn_width, level)
-
-
-@cache
-def _limit(weights: str, rows: str, model_width: int, ffn_width: int, level: int) -> int:
-    measured = _measured().get(shape_key(weights, rows, model_width, ffn_width, level))
-    return shipped_limit(weights, rows, level) if measured is None else measured
+    names = _name(weights), _name(rows)
+    measured = _measured().get(shape_key(*names, model_width, ffn_width, level))
+    return shipped_limit(*names, level) if measured is None else measured
 
 
 def shipped_limit(weights: str, rows: str, level: int) -> int:

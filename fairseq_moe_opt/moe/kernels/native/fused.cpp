@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <new>
 #include <thread>
 #include <vector>
@@ -25,9 +26,22 @@ namespace {
 
 constexpr int CHUNK = 64;          // rows of one pass over a panel
 constexpr int PANEL_STRIDE = 48;   // outputs of a panel, at most: a multiple of every tile's
-constexpr int DIGITS = 3;          // bytes of a fixed-point number
-constexpr int DIGIT_ROWS = 21;     // rows whose digits fill a chunk
+constexpr int DIGITS = 3;          // bytes of a fixed-point number, at most
+constexpr int DIGIT_ROWS = 32;     // rows of one pass, as fixed-point numbers
+constexpr int SUM_ROWS = DIGITS * DIGIT_ROWS > CHUNK ? DIGITS * DIGIT_ROWS : CHUNK;
+constexpr double EVEN_RATIO = 24;  // see two_bytes_do() in epilogue.inc
 
+constexpr int64_t LINE = 64;       // bytes of a cache's line
+
+// How far ahead weights are fetched, at least, and how many bytes of them an item has, where there are enough to share
+// out. 4 to 32 KiB ahead measured alike; items of 256 KiB were up to a tenth faster than ones of 64 KiB.
+constexpr int64_t AHEAD_BYTES = 8 << 10, ITEM_BYTES = 256 << 10;
+
+// Of one row of weights that meets many rows before the next part does. A fourth of it, which would let all stay in the
+// first-level cache, measured up to a tenth slower: sums are put away and taken up more often.
+constexpr int64_t BLOCK_BYTES = 8 << 10;
+
+enum Phase { ROWS, FIRST, HIDDEN, SECOND, PHASES };  // convert rows; fc1 and the gate; convert the hidden layer; fc2
 enum Activation { RELU = 0, GELU = 1, SILU = 2 };
 enum DType { F32 = 0, BF16 = 1, I8 = 2 };
 enum Level { GENERIC = 0, AVX2 = 1, AVX512 = 2, AVX512_VNNI = 3, AVX512_BF16 = 4 };
@@ -56,12 +70,13 @@ inline uint16_t to_bf16(float value) {  // to the nearest, ties to even, as torc
 // How an expert is computed.
 enum Mode {
     FLOATS,         // float32 products of float32 weights, or of others unpacked a block at a time
-    BF16_PRODUCTS,  // bfloat16 dot products of bfloat16 weights, or of int8 codes unpacked
+    BF16_PRODUCTS,  // bfloat16 dot products
     DIGIT_PRODUCTS  // int8 codes times the digits of fixed-point rows: exact sums of integers
 };
 
 struct RowUnit {
     double unit, raised;  // what one stands for, and what the raised codes add to a row's sums
+    int64_t digits;       // bytes, the same for all rows of a chunk
 };
 
 struct Work {
@@ -71,6 +86,11 @@ struct Work {
     const void *x;                            // rows in the form that `mode` computes with
     void *x_made, *hidden, *hidden_made;      // scratch: those rows, act(fc1), and that in the form for fc2
     RowUnit *x_units, *hidden_units;          // of DIGIT_PRODUCTS: one a row
+    int64_t due[PHASES];                      // items of this expert that must be done before one of phase p begins
+};
+
+struct alignas(LINE) Count {
+    std::atomic<int64_t> done{0};
 };
 
 struct Item {
@@ -85,21 +105,21 @@ struct Job {
     int rows_dtype, weights_dtype, activation;
     const char* rows;
     char* out;
+    int threads;
     std::atomic<int64_t> next{0};
-    std::atomic<int64_t> done{0};
-    std::vector<int64_t> due;  // items that must be done before one of phase p begins
+    std::unique_ptr<Count[]> counts;  // items done, by expert
     const struct Routines* routines;
 };
 
-using PanelFn = void (*)(const void* x, int64_t ldx, int64_t rows, const void* weights, int64_t ldw, int64_t n0,
-                         int64_t n1, int64_t K, void* sums);
+using PanelFn = void (*)(const void* x, int64_t ldx, int64_t rows, const void* weights, int64_t n0, int64_t n1,
+                         int64_t K, const char* next, void* sums);
 
 struct Routines {
-    PanelFn floats_f32, floats_bf16, floats_i8, bf16_bf16, bf16_i8, digits_i8;
+    PanelFn floats_f32, floats_bf16, floats_i8, bf16_bf16, digits_i8;
     void (*finish)(const Job&, const Work&, bool first, int64_t row, int64_t rows, int64_t n0, int64_t n1,
                    const void* sums, const void* gate_sums);
-    void (*digits)(const void* x, int dtype, int64_t width, int64_t rows, int64_t from_row, int8_t* into, int64_t ld,
-                   RowUnit* units);
+    void (*digits)(const void* x, int dtype, int64_t width, int64_t rows, int64_t from_row, bool all_three, int8_t* into,
+                   int64_t ld, RowUnit* units);
 };
 
 inline int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
@@ -111,7 +131,7 @@ namespace generic {
 typedef float Vec __attribute__((vector_size(32)));
 struct Floats {
     using X = float; using W = float; using XV = Vec; using Acc = Vec; using Sum = float;
-    static constexpr int STEP = 8, BLOCK = 512, MIN_R = 1, MAX_R = 3, N = 4;
+    static constexpr int STEP = 8, MAX_R = 3, N = 4;
     static inline Acc zero() { return Vec{}; }
     static inline XV load_x(const float* p) { Vec v; std::memcpy(&v, p, 32); return v; }
     static inline XV load_w(const float* p) { return load_x(p); }
@@ -138,7 +158,7 @@ struct Floats {
 namespace avx2 {
 struct Floats {
     using X = float; using W = float; using XV = __m256; using Acc = __m256; using Sum = float;
-    static constexpr int STEP = 8, BLOCK = 512, MIN_R = 1, MAX_R = 3, N = 4;
+    static constexpr int STEP = 8, MAX_R = 3, N = 4;
     TARGET static inline Acc zero() { return _mm256_setzero_ps(); }
     TARGET static inline XV load_x(const float* p) { return _mm256_loadu_ps(p); }
     TARGET static inline XV load_w(const float* p) { return _mm256_loadu_ps(p); }
@@ -188,10 +208,9 @@ namespace avx512_vnni {
 #undef TARGET
 
 #define TARGET __attribute__((target(AVX512_TARGET ",avx512vnni,avx512bf16")))
-#define MORE_ROUTINES                                    \
-    r.digits_i8 = any_panel<Digits, AsIs<Digits>>;       \
-    r.bf16_bf16 = any_panel<Bf16Pairs, AsIs<Bf16Pairs>>; \
-    r.bf16_i8 = any_panel<Bf16Pairs, Bf16OfCodes>;
+#define MORE_ROUTINES                              \
+    r.digits_i8 = any_panel<Digits, AsIs<Digits>>; \
+    r.bf16_bf16 = any_panel<Bf16Pairs, AsIs<Bf16Pairs>>;
 namespace avx512_bf16 {
 #include "avx512.inc"
 #include "avx512_vnni.inc"
@@ -233,13 +252,11 @@ const Routines& routines_of(int level) {
 // An integer sum must fit in 32 bits: K products of at most 255 * 128.
 constexpr int64_t WIDEST_DIGITS = INT32_MAX / (255 * 128);
 
-Mode mode_of(const Job& job, int64_t rows, int64_t few) {
+Mode mode_of(const Job& job) {
     const Routines& r = *job.routines;
     if (job.weights_dtype == BF16 && r.bf16_bf16) return BF16_PRODUCTS;
-    if (job.weights_dtype != I8) return FLOATS;
-    const bool digits = r.digits_i8 && job.model_width <= WIDEST_DIGITS && job.ffn_width <= WIDEST_DIGITS;
-    if (job.rows_dtype == BF16 && r.bf16_i8 && (rows > few || !digits)) return BF16_PRODUCTS;
-    return digits ? DIGIT_PRODUCTS : FLOATS;
+    const bool narrow = job.model_width <= WIDEST_DIGITS && job.ffn_width <= WIDEST_DIGITS;
+    return job.weights_dtype == I8 && r.digits_i8 && narrow ? DIGIT_PRODUCTS : FLOATS;
 }
 
 // Elements from a row to the next: not a power of two, or the rows of a tile would share a few sets of the cache.
@@ -278,28 +295,39 @@ void lay_out(const Job& job, Work& work, Arena& arena) {
     work.x = work.x_made;
 }
 
-constexpr int PHASES = 4;  // convert rows; fc1 and the gate; convert the hidden layer; fc2
+// Bytes of a weight as stored.
+inline int64_t weight_size(const Job& job) { return job.weights_dtype == F32 ? 4 : job.weights_dtype == BF16 ? 2 : 1; }
 
+// Outputs of one item: so many that its weights take a while to read, yet all threads have some.
+int64_t outputs_of_item(const Job& job, bool first, int64_t matrices) {
+    const int64_t K = first ? job.model_width : job.ffn_width, width = first ? job.ffn_width : job.model_width;
+    const int64_t panels = (width + PANEL_STRIDE - 1) / PANEL_STRIDE;
+    const int64_t wanted = ITEM_BYTES / (PANEL_STRIDE * K * weight_size(job) * matrices);
+    const int64_t shared = panels * int64_t(job.works.size()) / (8 * job.threads);
+    const int64_t some = wanted < shared ? wanted : shared;
+    return (some > 1 ? some : 1) * PANEL_STRIDE;
+}
+
+void list_phase(Job& job, int64_t index, int32_t phase) {
+    if (index < 0 || index >= int64_t(job.works.size())) return;
+    Work& work = job.works[size_t(index)];
+    const bool digits = work.mode == DIGIT_PRODUCTS, rows = phase == ROWS || phase == HIDDEN;
+    const int64_t before = int64_t(job.items.size());
+    const int64_t width = rows ? work.expert.rows : phase == FIRST ? job.ffn_width : job.model_width;
+    const int64_t step = !rows ? outputs_of_item(job, phase == FIRST, phase == FIRST && work.expert.gate ? 2 : 1)
+                         : digits ? DIGIT_ROWS : CHUNK;
+    if (phase != HIDDEN || digits)
+        for (int64_t from = 0; from < width; from += step)
+            job.items.push_back({int32_t(index), phase, from, from + step < width ? from + step : width});
+    if (phase + 1 < PHASES) work.due[phase + 1] = work.due[phase] + int64_t(job.items.size()) - before;
+}
+
+// An expert's phases are an expert apart, so that what an item waits for was done a while ago.
 void list_items(Job& job) {
-    const auto by_chunks = [&](int32_t index, int32_t phase, int64_t rows, int64_t chunk) {
-        for (int64_t m = 0; m < rows; m += chunk) job.items.push_back({index, phase, m, m + chunk < rows ? m + chunk : rows});
-    };
-    const auto by_panels = [&](int32_t index, int32_t phase, int64_t width) {
-        for (int64_t n = 0; n < width; n += PANEL_STRIDE)
-            job.items.push_back({index, phase, n, n + PANEL_STRIDE < width ? n + PANEL_STRIDE : width});
-    };
-    for (int32_t phase = 0; phase < PHASES; ++phase) {
-        job.due.push_back(int64_t(job.items.size()));
-        for (int32_t i = 0; i < int32_t(job.works.size()); ++i) {
-            const Work& work = job.works[size_t(i)];
-            const int64_t rows = work.expert.rows;
-            const bool digits = work.mode == DIGIT_PRODUCTS;
-            if (phase == 0) by_chunks(i, phase, rows, digits ? DIGIT_ROWS : CHUNK);
-            if (phase == 1) by_panels(i, phase, job.ffn_width);
-            if (phase == 2 && digits) by_chunks(i, phase, rows, DIGIT_ROWS);
-            if (phase == 3) by_panels(i, phase, job.model_width);
-        }
-    }
+    const int64_t experts = int64_t(job.works.size());
+    for (int64_t step = 0; step < experts + PHASES - 1; ++step)
+        for (int32_t phase = 0; phase < PHASES; ++phase) list_phase(job, step - phase, phase);
+    job.counts.reset(new Count[size_t(experts)]);
 }
 
 void convert(const Job& job, const Work& work, int64_t from, int64_t to) {
@@ -308,7 +336,7 @@ void convert(const Job& job, const Work& work, int64_t from, int64_t to) {
     const char* rows = job.rows + (work.expert.start + from) * D * size;
     if (work.mode == DIGIT_PRODUCTS) {
         int8_t* into = static_cast<int8_t*>(work.x_made) + from * DIGITS * work.ldx;
-        job.routines->digits(rows, job.rows_dtype, D, to - from, D, into, work.ldx, work.x_units + from);
+        job.routines->digits(rows, job.rows_dtype, D, to - from, D, job.rows_dtype == F32, into, work.ldx, work.x_units + from);
         return;
     }
     for (int64_t m = 0; m < to - from; ++m) {
@@ -330,43 +358,60 @@ void convert(const Job& job, const Work& work, int64_t from, int64_t to) {
 PanelFn panel_of(const Job& job, Mode mode) {
     const Routines& r = *job.routines;
     if (mode == DIGIT_PRODUCTS) return r.digits_i8;
-    if (mode == BF16_PRODUCTS) return job.weights_dtype == I8 ? r.bf16_i8 : r.bf16_bf16;
+    if (mode == BF16_PRODUCTS) return r.bf16_bf16;
     return job.weights_dtype == I8 ? r.floats_i8 : job.weights_dtype == BF16 ? r.floats_bf16 : r.floats_f32;
 }
 
-// fc1 and the gate (`first`), or fc2, of the outputs n0...n1 and all rows of one expert.
-void multiply(const Job& job, const Work& work, bool first, int64_t n0, int64_t n1) {
-    alignas(64) char sums[CHUNK * PANEL_STRIDE * 4], gate_sums[CHUNK * PANEL_STRIDE * 4];
+const char* weights_at(const Job& job, const Item& item, int64_t n) {
+    const Expert& e = job.works[size_t(item.work)].expert;
+    const bool first = item.phase == FIRST;
+    return static_cast<const char*>(first ? e.fc1 : e.fc2) + n * (first ? job.model_width : job.ffn_width) * weight_size(job);
+}
+
+// fc1 and the gate, or fc2, of the item's outputs and all rows of its expert. `then` is what this thread does after it.
+void multiply(const Job& job, const Item& item, const Item* then) {
+    alignas(64) char sums[SUM_ROWS * PANEL_STRIDE * 4], gate_sums[SUM_ROWS * PANEL_STRIDE * 4];
+    const Work& work = job.works[size_t(item.work)];
     const Expert& e = work.expert;
-    const bool digits = work.mode == DIGIT_PRODUCTS;
+    const bool first = item.phase == FIRST, digits = work.mode == DIGIT_PRODUCTS;
     const PanelFn panel = panel_of(job, work.mode);
     const int64_t K = first ? job.model_width : job.ffn_width;
     const void* x = first ? work.x : digits ? work.hidden_made : work.hidden;
     const int64_t ld = first ? work.ldx : digits ? padded(K, 1) : work.ldh;
     const int64_t chunk = digits ? DIGIT_ROWS : CHUNK, size = digits ? 1 : work.mode == BF16_PRODUCTS ? 2 : 4;
-    for (int64_t m = 0; m < e.rows; m += chunk) {
-        const int64_t rows = e.rows - m < chunk ? e.rows - m : chunk;
-        const int64_t at = digits ? m * DIGITS : m, many = digits ? rows * DIGITS : rows;
-        const char* here = static_cast<const char*>(x) + at * ld * size;
-        panel(here, ld, many, first ? e.fc1 : e.fc2, K, n0, n1, K, sums);
-        if (first && e.gate) panel(here, ld, many, e.gate, K, n0, n1, K, gate_sums);
-        job.routines->finish(job, work, first, m, rows, n0, n1, sums, first && e.gate ? gate_sums : nullptr);
+    const RowUnit* units = first ? work.x_units : work.hidden_units;
+    const void* gate = first ? e.gate : nullptr;
+    for (int64_t n0 = item.from; n0 < item.to; n0 += PANEL_STRIDE) {
+        const int64_t n1 = n0 + PANEL_STRIDE < item.to ? n0 + PANEL_STRIDE : item.to;
+        const bool read = then && (then->phase == FIRST || then->phase == SECOND);
+        const char* after = weights_at(job, item, n1 < item.to ? n1 : item.from);
+        if (n1 == item.to && read) after = weights_at(job, *then, then->from);
+        const char* gate_after = after;
+        if (gate) after = static_cast<const char*>(gate) + n0 * K * weight_size(job);
+        for (int64_t m = 0; m < e.rows; m += chunk) {
+            const int64_t rows = e.rows - m < chunk ? e.rows - m : chunk;
+            const int64_t at = digits ? m * DIGITS : m, many = digits ? rows * units[m].digits : rows;
+            const char* here = static_cast<const char*>(x) + at * ld * size;
+            panel(here, ld, many, first ? e.fc1 : e.fc2, n0, n1, K, m ? nullptr : after, sums);
+            if (gate) panel(here, ld, many, gate, n0, n1, K, m ? nullptr : gate_after, gate_sums);
+            job.routines->finish(job, work, first, m, rows, n0, n1, sums, gate ? gate_sums : nullptr);
+        }
     }
 }
 
-void do_item(const Job& job, const Item& item) {
+void do_item(const Job& job, const Item& item, const Item* then) {
     const Work& work = job.works[size_t(item.work)];
     switch (item.phase) {
-        case 0: convert(job, work, item.from, item.to); break;
-        case 2: {
+        case ROWS: convert(job, work, item.from, item.to); break;
+        case HIDDEN: {
             const int64_t ld = padded(job.ffn_width, 1);
             const float* rows = static_cast<const float*>(work.hidden) + item.from * work.ldh;
             int8_t* into = static_cast<int8_t*>(work.hidden_made) + item.from * DIGITS * ld;
-            job.routines->digits(rows, F32, job.ffn_width, item.to - item.from, work.ldh, into, ld,
-                                 work.hidden_units + item.from);
+            job.routines->digits(rows, F32, job.ffn_width, item.to - item.from, work.ldh, job.rows_dtype == F32, into,
+                                 ld, work.hidden_units + item.from);
             break;
         }
-        default: multiply(job, work, item.phase == 1, item.from, item.to);
+        default: multiply(job, item, then);
     }
 }
 
@@ -377,17 +422,21 @@ void yield_a_little(int turns) {
     std::this_thread::yield();
 }
 
-// What every thread does: claim the next item until there is none. Items are claimed in order, so those that an item
-// waits for are done already or being done.
+// What every thread does: claim the next item until there is none. Items are claimed in order, and wait for earlier ones
+// only, so there is always one that can be done. The next one is claimed before this one is computed, so that the first of
+// its weights are on their way by then.
 void work_on(void* pointer) {
     Job& job = *static_cast<Job*>(pointer);
     const int64_t total = int64_t(job.items.size());
-    for (int64_t i = job.next.fetch_add(1); i < total; i = job.next.fetch_add(1)) {
+    for (int64_t i = job.next.fetch_add(1); i < total;) {
+        const int64_t then = job.next.fetch_add(1);
         const Item& item = job.items[size_t(i)];
-        for (int turns = 1; job.done.load(std::memory_order_acquire) < job.due[size_t(item.phase)]; ++turns)
-            yield_a_little(turns);
-        do_item(job, item);
-        job.done.fetch_add(1, std::memory_order_release);
+        std::atomic<int64_t>& done = job.counts[size_t(item.work)].done;
+        const int64_t due = job.works[size_t(item.work)].due[item.phase];
+        for (int turns = 1; done.load(std::memory_order_acquire) < due; ++turns) yield_a_little(turns);
+        do_item(job, item, then < total ? &job.items[size_t(then)] : nullptr);
+        done.fetch_add(1, std::memory_order_release);
+        i = then;
     }
 }
 
@@ -437,7 +486,6 @@ struct MoeFusedCall {
     const void* experts;  // num_experts of struct Expert
     int64_t num_experts, model_width, ffn_width;
     int64_t rows_dtype, weights_dtype, activation, level, threads;
-    int64_t few_rows;  // up to which rows of bfloat16 meet int8 codes as integers
 };
 
 // Compute a call with `scratch`, of as many bytes as the same call with a null scratch returns. Below 0: out of memory.
@@ -458,13 +506,14 @@ EXPORT int64_t moe_fused_run(const MoeFusedCall* call, void* scratch) {
         for (int64_t i = 0; i < call->num_experts; ++i) {
             Work work{};
             work.expert = experts[i];
-            work.mode = mode_of(job, work.expert.rows, call->few_rows);
+            work.mode = mode_of(job);
             lay_out(job, work, arena);
             job.works.push_back(work);
         }
         if (!scratch) return arena.used + 64;
+        job.threads = int(call->threads);
         list_items(job);
-        run_on_threads(job, int(call->threads));
+        run_on_threads(job, job.threads);
         return 0;
     } catch (const std::exception&) {
         return -1;
