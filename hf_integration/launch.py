@@ -225,4 +225,5 @@ if __name__ == "__main__":
     code = commands.main(commands=app)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # ranks that failed are not waited for
+    if code:
+        os._exit(code)  # ranks that failed are not waited for

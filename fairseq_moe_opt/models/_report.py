@@ -24,6 +24,7 @@ from fairseq_moe_opt.models._turns import Turns
 from fairseq_moe_opt.moe.report import Report, peak_memory, tokens_by_phase, write_report
 from fairseq_moe_opt.moe.trace import TraceLayer, TraceRecorder, write_trace
 from fairseq_moe_opt.options import MoEOptions
+from fairseq_moe_opt.parallel import own_file, own_folder, own_number
 from fairseq_moe_opt.profiling import Profile, Profiler, check_folder, write_profile
 
 FAMILY = "fairseq-transformer"
@@ -128,7 +129,8 @@ class ModelHandle:
     def write_at_exit(self) -> None:
         """Write report and trace where the options ask for them when the process ends: a command line is one."""
         if (self.options.report, self.options.trace, self.options.profile_folder) != (None, None, None):
-            atexit.register(self._write, self.options.report, self.options.trace, self._model())
+            number = own_number(None if self.sharing is None else self.sharing.ranks)
+            atexit.register(self._write, self.options.report, self.options.trace, number, self._model())
 
     def _layers(self) -> list[TraceLayer]:
         layers = [(block.spec.layer, block.num_experts) for block in self.blocks]
@@ -159,26 +161,19 @@ class ModelHandle:
         }
         return Profile.of(self._profiler, about, weights)
 
-    def _write(self, report: str | None, trace: str | None, _model: nn.Module | None) -> None:
+    def _write(self, report: str | None, trace: str | None, number: int | None, _model: nn.Module | None) -> None:
         # The last argument keeps the model alive until then.
         if not self.blocks:
             return
         if trace is not None and self._recorder is not None:
-            write_trace(self._recorder.trace(), self._own(trace))
+            write_trace(self._recorder.trace(), own_file(trace, number))
         # A model whose experts could not be buffered has nothing to report, and has said why.
         with suppress(MoEError):
             if report is not None:
-                write_report(self.report(), self._own(report))
+                write_report(self.report(), own_file(report, number))
             profile = self.profile()
             if self._profile_folder is not None and profile is not None and profile.inputs:
-                write_profile(profile, Path(self._own(str(self._profile_folder))))
-
-    def _own(self, path: str) -> str:
-        """``report.json``, or on one of several ranks ``report.rank-1.json``."""
-        if self.sharing is None:
-            return path
-        whole = Path(path)
-        return str(whole.with_name(f"{whole.stem}.rank-{self.sharing.ranks.rank}{whole.suffix}"))
+                write_profile(profile, own_folder(self._profile_folder, number))
 
     def __deepcopy__(self, memo: dict[int, object]) -> None:
         return None
