@@ -173,7 +173,8 @@ class Handle:
     def write_profile(self) -> None:
         """Write the profile of everything so far, if anything ran, to the folder that the option ``profile`` names.
 
-        One of several processes writes to a folder of its own in there, ``rank-1``. The same happens when the model is undone, and when the process ends.
+        One of several processes writes to a folder of its own in there, ``rank-1``. The same happens when the model is
+        undone, and when the process ends.
         """
         folder = self.options.profile_folder
         if folder is None or self._profiler is None:
