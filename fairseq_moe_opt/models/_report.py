@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fairseq_moe_opt.build import require_ranks
 from fairseq_moe_opt.checkpoints import CheckpointIndex
 from fairseq_moe_opt.checkpoints.lazy import LazyStateDict
 from fairseq_moe_opt.errors import MoEError, OptionError
@@ -19,6 +20,7 @@ from fairseq_moe_opt.models._arguments import IMPLIED_BY
 from fairseq_moe_opt.models._block import MoEBlock
 from fairseq_moe_opt.models._file_experts import FileExperts, locate
 from fairseq_moe_opt.models._profiling import started_profiler, weights_of
+from fairseq_moe_opt.models._rebalancing import TurnRebalancing
 from fairseq_moe_opt.models._sharing import AgreedKernel, ExpertSharing, current_sharing
 from fairseq_moe_opt.models._turns import Turns
 from fairseq_moe_opt.moe.report import Report, peak_memory, tokens_by_phase, write_report
@@ -37,6 +39,7 @@ class ModelHandle:
         options: how the runtime was asked to run.
         checkpoint: where each tensor of the checkpoint lies in its files; None before one is loaded by this package.
         sharing: the ranks that the experts are spread over; None where this process has them all.
+        rebalancing: what moves experts between these ranks; None where they stay.
     """
 
     def __init__(self, model: nn.Module, options: MoEOptions, implied_by: str | None = None) -> None:
@@ -45,6 +48,7 @@ class ModelHandle:
         self.sharing: ExpertSharing | None = None
         self._implied_by = implied_by
         self._model = weakref.ref(model)
+        self.rebalancing: TurnRebalancing | None = None
         self._files: FileExperts | None = None
         self._recorder = None if options.trace is None else self._record()
         self._profiler: Profiler | None = None
@@ -68,6 +72,8 @@ class ModelHandle:
         kernel = AgreedKernel(sharing.ranks)
         for block in blocks:
             block.spread_over(spread, kernel)
+        if self.options.rebalance_every:
+            self.rebalancing = TurnRebalancing(spread, blocks, self.options.rebalance_every)
 
     def loading(self, tensors: LazyStateDict) -> None:
         """The model's weights are about to be read from ``tensors``: from the same ones on every rank."""
@@ -79,8 +85,8 @@ class ModelHandle:
         self.checkpoint = tensors.index
         if not self.options.buffered:
             return
-        specs = [(block.spec.layer, block.held) for block in self.blocks]
-        self._files = FileExperts([locate(one.name, one.phase, held, tensors) for one, held in specs], self.options)
+        layers = [locate(block.spec.layer, block.held, tensors) for block in self.blocks]
+        self._files = FileExperts(layers, self.options)
         for block in self.blocks:
             block.keep_in(self._files)
 
@@ -103,6 +109,7 @@ class ModelHandle:
             peak_memory_kind=kind,
             seconds=time.perf_counter() - self._start,
             buffer=None if self._files is None else self._files.buffer(weight.device, weight.dtype).report,
+            rebalancing=None if self.rebalancing is None else self.rebalancing.report,
         )
 
     def reset(self) -> None:
@@ -183,12 +190,14 @@ class ModelHandle:
         return type(None), ()
 
 
-def enter_turns(model: nn.Module, turns: Turns) -> None:
-    """Let each stack of ``model`` with sparse layers wait for its turn before it runs."""
+def enter_turns(model: nn.Module, turns: Turns, rebalancing: TurnRebalancing | None) -> None:
+    """Let each stack of ``model`` with sparse layers wait for its turn to run; before the first, experts may move."""
+    before = [] if rebalancing is None else [rebalancing.run_begins]
     for stack in (getattr(model, name, None) for name in ("encoder", "decoder")):
         layers = [module for module in stack.modules() if isinstance(module, MoEBlock)] if stack is not None else []
         if layers:
-            stack.__dict__["take_turn"] = turns.enter(layers)
+            stack.__dict__["take_turn"] = turns.enter(layers, *before)
+            before = []
 
 
 def attach(model: Any, options: MoEOptions, implied_by: str | None) -> Any:
@@ -196,9 +205,11 @@ def attach(model: Any, options: MoEOptions, implied_by: str | None) -> Any:
     handle = ModelHandle(model, options, implied_by)
     model.__dict__["moe"] = handle
     sharing = current_sharing()
-    if sharing is not None:
+    if sharing is None:
+        require_ranks(options)
+    else:
         handle.spread_over(sharing)
         if not sharing.same_batch:
-            enter_turns(model, sharing.turns)
+            enter_turns(model, sharing.turns, handle.rebalancing)
     handle.write_at_exit()
     return model
