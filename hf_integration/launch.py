@@ -225,5 +225,4 @@ if __name__ == "__main__":
     code = commands.main(commands=app)
     sys.stdout.flush()
     sys.stderr.flush()
-    if code:
-        os._exit(code)  # ranks that failed are not waited for
+    os._exit(code)  # ranks that failed are not waited for
