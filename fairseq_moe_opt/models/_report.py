@@ -46,6 +46,7 @@ class ModelHandle:
         self.options = options
         self.checkpoint: CheckpointIndex | None = None
         self.sharing: ExpertSharing | None = None
+        self._number: int | None = None
         self._implied_by = implied_by
         self._model = weakref.ref(model)
         self.rebalancing: TurnRebalancing | None = None
@@ -136,8 +137,8 @@ class ModelHandle:
     def write_at_exit(self) -> None:
         """Write report and trace where the options ask for them when the process ends: a command line is one."""
         if (self.options.report, self.options.trace, self.options.profile_folder) != (None, None, None):
-            number = own_number(None if self.sharing is None else self.sharing.ranks)
-            atexit.register(self._write, self.options.report, self.options.trace, number, self._model())
+            self._number = own_number(None if self.sharing is None else self.sharing.ranks)
+            atexit.register(self._write, self.options.report, self.options.trace, self._model())
 
     def _layers(self) -> list[TraceLayer]:
         layers = [(block.spec.layer, block.num_experts) for block in self.blocks]
@@ -168,19 +169,19 @@ class ModelHandle:
         }
         return Profile.of(self._profiler, about, weights)
 
-    def _write(self, report: str | None, trace: str | None, number: int | None, _model: nn.Module | None) -> None:
+    def _write(self, report: str | None, trace: str | None, _model: nn.Module | None) -> None:
         # The last argument keeps the model alive until then.
         if not self.blocks:
             return
         if trace is not None and self._recorder is not None:
-            write_trace(self._recorder.trace(), own_file(trace, number))
+            write_trace(self._recorder.trace(), own_file(trace, self._number))
         # A model whose experts could not be buffered has nothing to report, and has said why.
         with suppress(MoEError):
             if report is not None:
-                write_report(self.report(), own_file(report, number))
+                write_report(self.report(), own_file(report, self._number))
             profile = self.profile()
             if self._profile_folder is not None and profile is not None and profile.inputs:
-                write_profile(profile, own_folder(self._profile_folder, number))
+                write_profile(profile, own_folder(self._profile_folder, self._number))
 
     def __deepcopy__(self, memo: dict[int, object]) -> None:
         return None
