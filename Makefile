@@ -40,8 +40,11 @@ help: ## list the targets
 demo: $(STAMPS)/project $(STAMPS)/fairseq ## translate the demo's test set with the demo checkpoint (DEMO_ARGS=...)
 	$(BIN)/python examples/demo/run.py $(DEMO_ARGS)
 
-test: $(STAMPS)/project $(STAMPS)/fairseq ## run the tests (PYTEST_ARGS=...)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+# Most tests compute on one thread, or wait for a process that does. A file's tests share what they set up.
+TEST_WORKERS ?= 2
+
+test: $(STAMPS)/project $(STAMPS)/fairseq ## run the tests (PYTEST_ARGS=..., TEST_WORKERS=0 for one process)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test-gpu: $(STAMPS)/project $(STAMPS)/fairseq ## run the tests that need a CUDA device
 	$(BIN)/python -m pytest --device cuda -m gpu $(PYTEST_ARGS)

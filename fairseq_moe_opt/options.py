@@ -100,8 +100,8 @@ class MoEOptions:
     moe-opt place."""
 
     rebalance_every: int = 0
-    """where ranks share experts: after so many generate calls (of each rank, each a batch), move some experts to the
-    ranks that recent loads ask for; 0 leaves them where they are."""
+    """where ranks share experts: after so many generate calls (of each rank, each a batch; in fairseq, so many runs of
+    the first sparse stack), move some experts to the ranks that recent loads ask for; 0 leaves them where they are."""
 
     profile: bool | str = False
     """time routing, dispatch, experts and combine of every layer, for the report; or a folder: a profile of everything

@@ -20,7 +20,7 @@ from fairseq_moe_opt.moe.exchange_report import RebalanceReport
 from fairseq_moe_opt.moe.report import Report, peak_memory, tokens_by_phase, write_report
 from fairseq_moe_opt.moe.trace import TraceLayer, TraceRecorder, write_trace
 from fairseq_moe_opt.options import MoEOptions
-from fairseq_moe_opt.parallel import ALL_REDUCE, ExpertSpread
+from fairseq_moe_opt.parallel import ALL_REDUCE, ExpertSpread, own_file, own_folder, own_number
 from fairseq_moe_opt.placement import Placement
 from fairseq_moe_opt.presets import with_preset
 from fairseq_moe_opt.profiling import ALL_CALLS, Profile, Profiler, check_folder, write_profile
@@ -37,6 +37,7 @@ class Handle:
     Attributes:
         options: that it runs with.
         decoding: how ranks that share experts generate together; None where this process has them all.
+        number: of this process among several, which write files of their own; None for one that is alone.
     """
 
     def __init__(
@@ -46,9 +47,11 @@ class Handle:
         options: MoEOptions,
         decoding: Decoding | None = None,
         rebalancer: Rebalancer | None = None,
+        number: int | None = None,
     ) -> None:
         self.options = options
         self.decoding = decoding
+        self.number = number
         self._model = model
         self._installed = installed
         self._rebalancer = rebalancer
@@ -131,16 +134,9 @@ class Handle:
         if self._profiler is not None and self._profiler.current is not None:
             self._profiler.current.seconds += seconds
         if self.options.report is not None:
-            write_report(self.report(), self._own(self.options.report))
+            write_report(self.report(), own_file(self.options.report, self.number))
         if self.options.trace is not None and self._recorder is not None:
-            write_trace(self._recorder.trace(), self._own(self.options.trace))
-
-    def _own(self, path: str) -> str:
-        """``report.json``, or on one of several ranks ``report.rank-1.json``."""
-        if self.decoding is None:
-            return path
-        whole = Path(path)
-        return str(whole.with_name(f"{whole.stem}.rank-{self.decoding.ranks.rank}{whole.suffix}"))
+            write_trace(self._recorder.trace(), own_file(self.options.trace, self.number))
 
     def record(self, *, choices_limit: int = 0) -> TraceRecorder:
         """A recorder of what the layers route from now on; its ``trace()`` is what it saw so far.
@@ -178,14 +174,15 @@ class Handle:
     def write_profile(self) -> None:
         """Write the profile of everything so far, if anything ran, to the folder that the option ``profile`` names.
 
-        The same happens when the model is undone, and when the process ends.
+        One of several processes writes to a folder of its own in there, ``rank-1``. The same happens when the model is
+        undone, and when the process ends.
         """
         folder = self.options.profile_folder
         if folder is None or self._profiler is None:
             return
         profile = self.profile_of(self._profiler)
         if profile.inputs:
-            write_profile(profile, Path(self._own(folder)))
+            write_profile(profile, own_folder(folder, self.number))
 
     @property
     def patches(self) -> Patches:
@@ -267,7 +264,8 @@ def install(
         else:
             decoding = SyncedDecoding(model, spread.ranks, installed.masks, rebalancer)
         decoding.install(installed.patches)
-    handle = Handle(model, installed, options, decoding, rebalancer)
+    number = own_number(None if spread is None else spread.ranks)
+    handle = Handle(model, installed, options, decoding, rebalancer, number)
     if isinstance(model, GenerationMixin):
         installed.patches.set_attribute(model, "generate", _Generate(model, handle))
     installed.patches.set_attribute(model, "moe", handle)

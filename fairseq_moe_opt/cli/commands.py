@@ -23,7 +23,6 @@ NAME = "moe-opt"
 FAILURE, BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
 _PIPED_WIDTH = 120
 _DEBUG = "--debug"
-DTYPE_HELP = "dtype to compute in; the checkpoint's own if not given, but float32 for float16 on a CPU"
 # What typer raises for a wrong command line; its own name for the class has moved between releases.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
@@ -35,6 +34,21 @@ TgtLang = Annotated[str | None, typer.Option("--tgt-lang", metavar="CODE", help=
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="lines computed together")]
 Device = Annotated[
     str | None, typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ...; a GPU if there is one")
+]
+ComputeDtype = Annotated[
+    Dtype | None,
+    typer.Option(
+        "--dtype", help="dtype to compute in; the checkpoint's own if not given, but float32 for float16 on a CPU"
+    ),
+]
+Threads = Annotated[
+    int | None, typer.Option("--threads", min=1, help="CPU threads; fewer are faster beside busy processes")
+]
+OutputFile = Annotated[
+    Path | None,
+    typer.Option(
+        "-o", "--output", metavar="OUT", help="file to write, whole or not at all; - or none: standard output"
+    ),
 ]
 
 
@@ -219,12 +233,7 @@ def translation(
     file: Annotated[str, typer.Argument(metavar="[FILE|-]", help="UTF-8 text, a sentence a line")] = "-",
     src_lang: SrcLang = None,
     tgt_lang: TgtLang = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "-o", "--output", metavar="OUT", help="file to write, whole or not at all; - or none: standard output"
-        ),
-    ] = None,
+    output: OutputFile = None,
     batch_size: BatchSize = 16,
     num_beams: Annotated[
         int | None, typer.Option(min=1, help="beams; 1 is greedy; default: the checkpoint's setting, else 4")
@@ -233,11 +242,9 @@ def translation(
         int | None, typer.Option(min=2, help="most tokens of a translation, start and end included")
     ] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="the same, start not included")] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help=DTYPE_HELP)] = None,
+    dtype: ComputeDtype = None,
     device: Device = None,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads; fewer are faster beside busy processes")
-    ] = None,
+    threads: Threads = None,
     *,
     moe_options: dict[str, Any],
 ) -> Translation:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from fairseq_moe_opt.cli.commands import DTYPE_HELP, BatchSize, Checkpoint, Device, app, say
-from fairseq_moe_opt.cli.flags import Dtype, taking, with_moe_flags
+from fairseq_moe_opt.cli.commands import BatchSize, Checkpoint, ComputeDtype, Device, OutputFile, Threads, app, say
+from fairseq_moe_opt.cli.flags import taking, with_moe_flags
 from fairseq_moe_opt.cli.generating import Generation
 from fairseq_moe_opt.cli.translating import translate_file
 
@@ -25,12 +24,7 @@ _OF_SAMPLING: Mapping[str, str] = {
 def generation(
     path: Checkpoint,
     file: Annotated[str, typer.Argument(metavar="[FILE|-]", help="UTF-8 prompts, one a line")] = "-",
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "-o", "--output", metavar="OUT", help="file to write, whole or not at all; - or none: standard output"
-        ),
-    ] = None,
+    output: OutputFile = None,
     batch_size: BatchSize = 16,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="most tokens to add; default: the checkpoint's setting, else 64")
@@ -51,11 +45,9 @@ def generation(
     as_json: Annotated[
         bool, typer.Option("--json", help="an object a line, prompt and text: keeps line breaks, which become spaces")
     ] = False,
-    dtype: Annotated[Dtype | None, typer.Option(help=DTYPE_HELP)] = None,
+    dtype: ComputeDtype = None,
     device: Device = None,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads; fewer are faster beside busy processes")
-    ] = None,
+    threads: Threads = None,
     *,
     moe_options: dict[str, Any],
 ) -> Generation:

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from fairseq_moe_opt.cli.commands import DTYPE_HELP, BatchSize, Checkpoint, Device, SrcLang, app, say
-from fairseq_moe_opt.cli.flags import Dtype, with_moe_flags
+from fairseq_moe_opt.cli.commands import BatchSize, Checkpoint, ComputeDtype, Device, SrcLang, Threads, app, say
+from fairseq_moe_opt.cli.flags import with_moe_flags
 
 
 @app.command()
@@ -36,9 +36,9 @@ def profile(
     lines: Annotated[int, typer.Option("--lines", min=1, help="lines of each text, the first ones")] = 256,
     num_beams: Annotated[int | None, typer.Option(min=1, help="beams; default: as moe-opt translate")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="most tokens of a translation")] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help=DTYPE_HELP)] = None,
+    dtype: ComputeDtype = None,
     device: Device = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads")] = None,
+    threads: Threads = None,
     *,
     moe_options: dict[str, Any],
 ) -> None:

@@ -7,8 +7,18 @@ from typing import Annotated, Any
 
 import typer
 
-from fairseq_moe_opt.cli.commands import DTYPE_HELP, BatchSize, Checkpoint, Device, SrcLang, app, output_console, say
-from fairseq_moe_opt.cli.flags import Dtype, with_moe_flags
+from fairseq_moe_opt.cli.commands import (
+    BatchSize,
+    Checkpoint,
+    ComputeDtype,
+    Device,
+    SrcLang,
+    Threads,
+    app,
+    output_console,
+    say,
+)
+from fairseq_moe_opt.cli.flags import with_moe_flags
 
 
 @app.command()
@@ -30,9 +40,9 @@ def trace(
         typer.Option(min=1, help="most tokens of a line's result; default: as moe-opt translate or generate"),
     ] = None,
     choices: Annotated[bool, typer.Option("--choices", help="keep the experts of each token, too")] = False,
-    dtype: Annotated[Dtype | None, typer.Option(help=DTYPE_HELP)] = None,
+    dtype: ComputeDtype = None,
     device: Device = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads")] = None,
+    threads: Threads = None,
     *,
     moe_options: dict[str, Any],
 ) -> None:

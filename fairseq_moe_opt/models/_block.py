@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fairseq_moe_opt.buffering import BufferedExperts
-from fairseq_moe_opt.build import LayerSpec, build_layer, connect_routers, needs_packed_experts
+from fairseq_moe_opt.build import (
+    BufferedShare,
+    ExpertShare,
+    LayerSpec,
+    ModuleShare,
+    build_layer,
+    connect_routers,
+    needs_packed_experts,
+)
 from fairseq_moe_opt.errors import MoEError, OptionError
 from fairseq_moe_opt.models._file_experts import FileExperts, MetaExperts, RefuseStateDict
 from fairseq_moe_opt.models._losses import note_cmr_gate, note_gate_loss, wants_gate_losses
@@ -129,6 +137,14 @@ class MoEBlock(nn.Module):
         if not self.options.buffered:
             cast(MetaExperts, self.experts).give_memory(self.held)
         self._engine = None
+
+    def share(self) -> ExpertShare:
+        """This rank's experts as the engine computes them now, which can be exchanged for others."""
+        engine = self.engine
+        if isinstance(engine.store, BufferedExperts):
+            return BufferedShare(engine.store)
+        pairs = [(expert.fc1, expert.fc2) for expert in cast("Iterable[Expert]", self.experts)]
+        return ModuleShare(pairs, cast(ModuleExperts, engine.store), self.held)
 
     def take_part(self) -> None:
         """Compute what other ranks send, with no token of this one."""

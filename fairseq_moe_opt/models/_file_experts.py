@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fairseq_moe_opt.build import EXPERT_DTYPES, ExpertBuffer, ExpertLayer, build_buffer
+from fairseq_moe_opt.build import EXPERT_DTYPES, ExpertBuffer, ExpertLayer, LayerSpec, build_buffer
 from fairseq_moe_opt.checkpoints import ExpertRecords
 from fairseq_moe_opt.checkpoints.lazy import LazyStateDict
 from fairseq_moe_opt.errors import MoEError
@@ -77,10 +77,10 @@ class FileExperts:
         raise MoEError("a model with buffered experts cannot be pickled: its experts are not in it; load it again")
 
 
-def locate(name: str, phase: str, held: Iterable[int], tensors: LazyStateDict) -> ExpertLayer:
-    """Where the experts ``held`` of the layer ``name`` lie; CheckpointError when one of them is not there."""
-    experts = tuple(_records(f"{name}.experts.{expert}", tensors) for expert in held)
-    return ExpertLayer(name, phase, experts)
+def locate(spec: LayerSpec, held: Sequence[int], tensors: LazyStateDict) -> ExpertLayer:
+    """Where the experts of a layer lie, of which ``held`` are this process's; CheckpointError when one is not there."""
+    names = (f"{spec.name}.experts.{expert}" for expert in range(spec.router.num_experts))
+    return ExpertLayer(spec.name, spec.phase, tuple(_records(name, tensors) for name in names), tuple(held))
 
 
 class RefuseStateDict:

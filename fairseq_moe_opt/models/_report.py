@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fairseq_moe_opt.build import require_ranks
 from fairseq_moe_opt.checkpoints import CheckpointIndex
 from fairseq_moe_opt.checkpoints.lazy import LazyStateDict
 from fairseq_moe_opt.errors import MoEError, OptionError
@@ -19,11 +20,13 @@ from fairseq_moe_opt.models._arguments import IMPLIED_BY
 from fairseq_moe_opt.models._block import MoEBlock
 from fairseq_moe_opt.models._file_experts import FileExperts, locate
 from fairseq_moe_opt.models._profiling import started_profiler, weights_of
+from fairseq_moe_opt.models._rebalancing import TurnRebalancing
 from fairseq_moe_opt.models._sharing import AgreedKernel, ExpertSharing, current_sharing
 from fairseq_moe_opt.models._turns import Turns
 from fairseq_moe_opt.moe.report import Report, peak_memory, tokens_by_phase, write_report
 from fairseq_moe_opt.moe.trace import TraceLayer, TraceRecorder, write_trace
 from fairseq_moe_opt.options import MoEOptions
+from fairseq_moe_opt.parallel import own_file, own_folder, own_number
 from fairseq_moe_opt.profiling import Profile, Profiler, check_folder, write_profile
 
 FAMILY = "fairseq-transformer"
@@ -36,14 +39,17 @@ class ModelHandle:
         options: how the runtime was asked to run.
         checkpoint: where each tensor of the checkpoint lies in its files; None before one is loaded by this package.
         sharing: the ranks that the experts are spread over; None where this process has them all.
+        rebalancing: what moves experts between these ranks; None where they stay.
     """
 
     def __init__(self, model: nn.Module, options: MoEOptions, implied_by: str | None = None) -> None:
         self.options = options
         self.checkpoint: CheckpointIndex | None = None
         self.sharing: ExpertSharing | None = None
+        self._number: int | None = None
         self._implied_by = implied_by
         self._model = weakref.ref(model)
+        self.rebalancing: TurnRebalancing | None = None
         self._files: FileExperts | None = None
         self._recorder = None if options.trace is None else self._record()
         self._profiler: Profiler | None = None
@@ -67,6 +73,8 @@ class ModelHandle:
         kernel = AgreedKernel(sharing.ranks)
         for block in blocks:
             block.spread_over(spread, kernel)
+        if self.options.rebalance_every:
+            self.rebalancing = TurnRebalancing(spread, blocks, self.options.rebalance_every)
 
     def loading(self, tensors: LazyStateDict) -> None:
         """The model's weights are about to be read from ``tensors``: from the same ones on every rank."""
@@ -78,8 +86,8 @@ class ModelHandle:
         self.checkpoint = tensors.index
         if not self.options.buffered:
             return
-        specs = [(block.spec.layer, block.held) for block in self.blocks]
-        self._files = FileExperts([locate(one.name, one.phase, held, tensors) for one, held in specs], self.options)
+        layers = [locate(block.spec.layer, block.held, tensors) for block in self.blocks]
+        self._files = FileExperts(layers, self.options)
         for block in self.blocks:
             block.keep_in(self._files)
 
@@ -102,6 +110,7 @@ class ModelHandle:
             peak_memory_kind=kind,
             seconds=time.perf_counter() - self._start,
             buffer=None if self._files is None else self._files.buffer(weight.device, weight.dtype).report,
+            rebalancing=None if self.rebalancing is None else self.rebalancing.report,
         )
 
     def reset(self) -> None:
@@ -128,6 +137,7 @@ class ModelHandle:
     def write_at_exit(self) -> None:
         """Write report and trace where the options ask for them when the process ends: a command line is one."""
         if (self.options.report, self.options.trace, self.options.profile_folder) != (None, None, None):
+            self._number = own_number(None if self.sharing is None else self.sharing.ranks)
             atexit.register(self._write, self.options.report, self.options.trace, self._model())
 
     def _layers(self) -> list[TraceLayer]:
@@ -164,21 +174,14 @@ class ModelHandle:
         if not self.blocks:
             return
         if trace is not None and self._recorder is not None:
-            write_trace(self._recorder.trace(), self._own(trace))
+            write_trace(self._recorder.trace(), own_file(trace, self._number))
         # A model whose experts could not be buffered has nothing to report, and has said why.
         with suppress(MoEError):
             if report is not None:
-                write_report(self.report(), self._own(report))
+                write_report(self.report(), own_file(report, self._number))
             profile = self.profile()
             if self._profile_folder is not None and profile is not None and profile.inputs:
-                write_profile(profile, Path(self._own(str(self._profile_folder))))
-
-    def _own(self, path: str) -> str:
-        """``report.json``, or on one of several ranks ``report.rank-1.json``."""
-        if self.sharing is None:
-            return path
-        whole = Path(path)
-        return str(whole.with_name(f"{whole.stem}.rank-{self.sharing.ranks.rank}{whole.suffix}"))
+                write_profile(profile, own_folder(self._profile_folder, self._number))
 
     def __deepcopy__(self, memo: dict[int, object]) -> None:
         return None
@@ -188,12 +191,14 @@ class ModelHandle:
         return type(None), ()
 
 
-def enter_turns(model: nn.Module, turns: Turns) -> None:
-    """Let each stack of ``model`` with sparse layers wait for its turn before it runs."""
+def enter_turns(model: nn.Module, turns: Turns, rebalancing: TurnRebalancing | None) -> None:
+    """Let each stack of ``model`` with sparse layers wait for its turn to run; before the first, experts may move."""
+    before = [] if rebalancing is None else [rebalancing.run_begins]
     for stack in (getattr(model, name, None) for name in ("encoder", "decoder")):
         layers = [module for module in stack.modules() if isinstance(module, MoEBlock)] if stack is not None else []
         if layers:
-            stack.__dict__["take_turn"] = turns.enter(layers)
+            stack.__dict__["take_turn"] = turns.enter(layers, *before)
+            before = []
 
 
 def attach(model: Any, options: MoEOptions, implied_by: str | None) -> Any:
@@ -201,9 +206,11 @@ def attach(model: Any, options: MoEOptions, implied_by: str | None) -> Any:
     handle = ModelHandle(model, options, implied_by)
     model.__dict__["moe"] = handle
     sharing = current_sharing()
-    if sharing is not None:
+    if sharing is None:
+        require_ranks(options)
+    else:
         handle.spread_over(sharing)
         if not sharing.same_batch:
-            enter_turns(model, sharing.turns)
+            enter_turns(model, sharing.turns, handle.rebalancing)
     handle.write_at_exit()
     return model

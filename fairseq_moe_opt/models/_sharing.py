@@ -14,7 +14,6 @@ import torch
 
 from fairseq_moe_opt.build import spread_experts
 from fairseq_moe_opt.checkpoints import CheckpointIndex, checkpoint_fingerprint
-from fairseq_moe_opt.errors import OptionError
 from fairseq_moe_opt.models._turns import Turns
 from fairseq_moe_opt.moe.kernels import choose_kernel
 from fairseq_moe_opt.moe.trace import TraceLayer
@@ -57,8 +56,6 @@ class ExpertSharing:
         """
         facts = {f"option moe_{name}": value for name, value in options.alike_on_ranks().items()}
         agree(self.ranks, {"placement": "contiguous" if self.placement is None else self.placement.label, **facts})
-        if options.rebalance_every:
-            raise OptionError("rebalance_every", "fairseq's commands keep experts where they are: use --moe-placement")
         exchange = ALL_REDUCE if self.same_batch else ALL_TO_ALL
         return spread_experts(layers, self.ranks, options, self.placement, exchange)
 

@@ -19,6 +19,10 @@ _DONE, _WAITING, _FIRST = 0, 1, 1 << 30
 """What ranks say; the largest counts. A stack's number is below those of the ones before it, so encoders come first."""
 
 
+def _nothing() -> None:
+    pass
+
+
 class SparseLayer(Protocol):
     """A layer whose experts are spread over ranks."""
 
@@ -31,11 +35,14 @@ class Turns:
 
     def __init__(self, ranks: Collectives) -> None:
         self._ranks = ranks
-        self._stacks: list[tuple[SparseLayer, ...]] = []
+        self._stacks: list[tuple[tuple[SparseLayer, ...], Callable[[], None]]] = []
 
-    def enter(self, layers: Sequence[SparseLayer]) -> Callable[[], None]:
-        """A new stack, by its sparse layers; what to call before each run of it, which waits for the turn."""
-        self._stacks.append(tuple(layers))
+    def enter(self, layers: Sequence[SparseLayer], before: Callable[[], None] = _nothing) -> Callable[[], None]:
+        """A new stack, by its sparse layers; what to call before each run of it, which waits for the turn.
+
+        ``before`` is called by every rank once it is agreed that the stack is next: no rank is within any stack then.
+        """
+        self._stacks.append((tuple(layers), before))
         return partial(self._take, _FIRST - len(self._stacks))
 
     def wait(self) -> bool:
@@ -50,6 +57,7 @@ class Turns:
     def _take(self, number: int) -> None:
         while (agreed := self._ranks.maximum(number)) != number:
             self._take_part(agreed)
+        self._stacks[_FIRST - number - 1][1]()
 
     def _let_others(self, own: int) -> int:
         """Say ``own``, do what is agreed on, and return that."""
@@ -60,5 +68,7 @@ class Turns:
 
     @torch.no_grad()
     def _take_part(self, number: int) -> None:
-        for layer in self._stacks[_FIRST - number - 1]:
+        layers, before = self._stacks[_FIRST - number - 1]
+        before()
+        for layer in layers:
             layer.take_part()

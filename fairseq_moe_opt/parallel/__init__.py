@@ -13,6 +13,7 @@ from fairseq_moe_opt.parallel.groups import expert_group, group_ranks
 from fairseq_moe_opt.parallel.joining import join, one_message, own_device
 from fairseq_moe_opt.parallel.mail import Mail
 from fairseq_moe_opt.parallel.moving import Transfer, copy_in, nbytes_of, send_experts, settled, transfers
+from fairseq_moe_opt.parallel.own_files import own_file, own_folder, own_number
 from fairseq_moe_opt.parallel.padded import PaddedAllToAllExchange
 from fairseq_moe_opt.parallel.process_group import ProcessGroupRanks
 from fairseq_moe_opt.parallel.slot_map import SlotMap
@@ -43,6 +44,9 @@ __all__ = [
     "nbytes_of",
     "one_message",
     "own_device",
+    "own_file",
+    "own_folder",
+    "own_number",
     "run_ranks",
     "send_experts",
     "settled",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fairseq_moe_opt.errors import MoEError
 
@@ -22,6 +22,15 @@ def new_figure(width: float, height: float) -> Figure:
     except ImportError as error:
         raise MoEError("pictures need matplotlib: pip install 'fairseq-moe-opt[plots]', or give --no-plots") from error
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def variant_bars(axes: Any, values: Mapping[str, float], numbers: str, unit: str, title: str) -> None:
+    """A bar a variant with its value, formatted as ``numbers``, above it."""
+    bars = axes.bar(list(values), list(values.values()), color=[COLOURS[name] for name in values])
+    axes.bar_label(bars, [format(value, numbers) for value in values.values()])
+    axes.set_ylabel(unit)
+    axes.set_title(title, fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -97,7 +97,7 @@ def _experts(model: nn.Module) -> PairedExperts:
 class _Host:
     """This family's part of :func:`.paired.install`."""
 
-    NAME = NAME
+    name = NAME
 
     def __init__(self, config: FairseqMoELMConfig, options: MoEOptions) -> None:
         # What padding is given matters only where it takes others' places.

@@ -10,7 +10,6 @@ probability, as fairseq's expert output masking does (Transformers applies eleme
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers.models.nllb_moe.configuration_nllb_moe import NllbMoeConfig
@@ -23,9 +22,9 @@ from fairseq_moe_opt.moe.trace import TraceLayer
 from fairseq_moe_opt.options import MoEOptions
 from fairseq_moe_opt.parallel import ExpertSpread
 from hf_integration.families import paired
-from hf_integration.families.paired import NO_EXPERTS, PairedExperts, QuietGate, RouterForward, RouterGate, phase_of
+from hf_integration.families.paired import NO_EXPERTS, PairedExperts, RouterHost, phase_of
 from hf_integration.padding import PaddingMasks
-from hf_integration.patching import Installed, Patches
+from hf_integration.patching import Installed
 
 NAME = "nllb-moe"
 MODEL_TYPE = "nllb-moe"
@@ -41,7 +40,8 @@ def install(
     model: nn.Module, options: MoEOptions, buffer: ExpertBuffer | None = None, spread: ExpertSpread | None = None
 ) -> Installed:
     """Replace the forward of every sparse layer: see :func:`.paired.install`."""
-    return paired.install(_Host(), model, _experts(model), options, buffer, spread)
+    host = RouterHost(NAME, layer_spec, _BlockForward)
+    return paired.install(host, model, _experts(model), options, buffer, spread)
 
 
 def expert_layers(model: nn.Module, records: Callable[[str], TensorRecord]) -> tuple[ExpertLayer, ...]:
@@ -93,24 +93,6 @@ def _blocks(model: nn.Module) -> Iterator[tuple[str, NllbMoeSparseMLP]]:
 
 def _experts(model: nn.Module) -> PairedExperts:
     return PairedExperts(sparse_blocks(model), _LABEL)
-
-
-class _Host:
-    """This family's part of :func:`.paired.install`."""
-
-    NAME = NAME
-
-    def layer_spec(self, name: str, config: Any) -> LayerSpec:
-        return layer_spec(name, config)
-
-    def gates(self, block: nn.Module, patches: Patches) -> tuple[paired.Gate, paired.Gate]:
-        router = cast(NllbMoeSparseMLP, block).router
-        forward = RouterForward(router)
-        patches.replace_forward(router, forward)
-        return RouterGate(router), QuietGate(forward)
-
-    def forward(self, block: nn.Module, layer: MoELayer, masks: PaddingMasks) -> Callable[..., Any]:
-        return _BlockForward(cast(NllbMoeSparseMLP, block), layer, masks)
 
 
 class _BlockForward:

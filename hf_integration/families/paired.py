@@ -116,10 +116,13 @@ class PairedExperts:
 class Host(Protocol):
     """What a family says of its own blocks."""
 
-    NAME: str
+    @property
+    def name(self) -> str:
+        """Of the family."""
 
-    def layer_spec(self, name: str, config: Any) -> LayerSpec:
-        """What ``config`` says of the sparse layer ``name``."""
+    @property
+    def layer_spec(self) -> Callable[[str, Any], LayerSpec]:
+        """What a configuration says of the sparse layer of that name."""
 
     def gates(self, block: nn.Module, patches: Patches) -> tuple[Gate, Gate]:
         """The layer's gate, which calls the block's own so that its hooks run, and the same without hooks."""
@@ -161,9 +164,9 @@ def install(
         layers.append(layer)
         quiet_gates.append(quiet)
     if buffer is None:
-        return Installed(host.NAME, tuple(layers), patches, expert_bytes, masks, shares=shares)
+        return Installed(host.name, tuple(layers), patches, expert_bytes, masks, shares=shares)
     connect_routers(layers, quiet_gates, buffer)
-    return Installed(host.NAME, tuple(layers), patches, expert_bytes, masks, buffer.report, shares)
+    return Installed(host.name, tuple(layers), patches, expert_bytes, masks, buffer.report, shares)
 
 
 def num_experts(block: nn.Module) -> int:
@@ -186,6 +189,34 @@ class RouterForward:
         classifier, dtype = self._router.classifier, self._router.dtype
         bias = None if classifier.bias is None else classifier.bias.to(dtype)
         return None, None, functional.linear(hidden_states.to(dtype), classifier.weight.to(dtype), bias)
+
+
+@dataclass(frozen=True)
+class RouterHost:
+    """The ``Host`` of blocks that have a ``router`` as NLLB-MoE's, with a ``classifier`` in it.
+
+    Attributes:
+        name: of the family.
+        layer_spec: what a configuration says of a sparse layer.
+        block_forward: makes the object that computes a block's forward, from block, layer and masks.
+        router_forward: makes the one that computes a router's.
+    """
+
+    name: str
+    layer_spec: Callable[[str, Any], LayerSpec]
+    block_forward: Callable[[Any, MoELayer, PaddingMasks], Callable[..., Any]]
+    router_forward: type[RouterForward] = RouterForward
+
+    def gates(self, block: nn.Module, patches: Patches) -> tuple[Gate, Gate]:
+        """See ``Host``."""
+        router = block.get_submodule("router")
+        forward = self.router_forward(router)
+        patches.replace_forward(router, forward)
+        return RouterGate(router), QuietGate(forward)
+
+    def forward(self, block: nn.Module, layer: MoELayer, masks: PaddingMasks) -> Callable[..., Any]:
+        """See ``Host``."""
+        return self.block_forward(block, layer, masks)
 
 
 class RouterGate:

@@ -12,7 +12,6 @@ multiplies what the router is given; Transformers multiplies in place, so that i
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +27,9 @@ from fairseq_moe_opt.moe.trace import TraceLayer
 from fairseq_moe_opt.options import MoEOptions
 from fairseq_moe_opt.parallel import ExpertSpread
 from hf_integration.families import paired
-from hf_integration.families.paired import NO_EXPERTS, PairedExperts, QuietGate, RouterForward, RouterGate, phase_of
+from hf_integration.families.paired import NO_EXPERTS, PairedExperts, RouterForward, RouterHost, phase_of
 from hf_integration.padding import PaddingMasks
-from hf_integration.patching import Installed, Patches
+from hf_integration.patching import Installed
 
 NAME = "switch-transformers"
 MODEL_TYPE = "switch_transformers"
@@ -49,7 +48,8 @@ def install(
     model: nn.Module, options: MoEOptions, buffer: ExpertBuffer | None = None, spread: ExpertSpread | None = None
 ) -> Installed:
     """Replace the forward of every sparse layer: see :func:`.paired.install`."""
-    return paired.install(_Host(), model, _experts(model), options, buffer, spread)
+    host = RouterHost(NAME, layer_spec, _BlockForward, _RouterForward)
+    return paired.install(host, model, _experts(model), options, buffer, spread)
 
 
 def expert_layers(model: nn.Module, records: Callable[[str], TensorRecord]) -> tuple[ExpertLayer, ...]:
@@ -94,24 +94,6 @@ def layer_spec(name: str, config: SwitchTransformersConfig) -> LayerSpec:
 
 def _experts(model: nn.Module) -> PairedExperts:
     return PairedExperts(sparse_blocks(model), _LABEL, _LINEARS)
-
-
-class _Host:
-    """This family's part of :func:`.paired.install`."""
-
-    NAME = NAME
-
-    def layer_spec(self, name: str, config: Any) -> LayerSpec:
-        return layer_spec(name, config)
-
-    def gates(self, block: nn.Module, patches: Patches) -> tuple[paired.Gate, paired.Gate]:
-        router = cast(SwitchTransformersSparseMLP, block).router
-        forward = _RouterForward(router)
-        patches.replace_forward(router, forward)
-        return RouterGate(router), QuietGate(forward)
-
-    def forward(self, block: nn.Module, layer: MoELayer, masks: PaddingMasks) -> Callable[..., Any]:
-        return _BlockForward(cast(SwitchTransformersSparseMLP, block), layer, masks)
 
 
 class _RouterForward(RouterForward):

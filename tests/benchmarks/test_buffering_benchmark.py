@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -14,7 +11,7 @@ import pytest
 
 from fairseq_moe_opt.buffering import POLICIES
 from fairseq_moe_opt.moe.trace import Trace, TraceLayer, TraceVisit
-from tests.helpers.benchmark_modules import ROOT, benchmark_modules
+from tests.helpers.benchmark_modules import benchmark_modules, run_benchmark
 
 MIB = 2**20
 
@@ -30,15 +27,8 @@ def modules() -> Iterator[tuple[ModuleType, ...]]:
 def test_a_tiny_run_gives_equal_tokens_everywhere(tmp_path: Path) -> None:
     target = tmp_path / "quick.json"
     sizes = ["--budget", "50", "--no-policies", "--rounds", "1", "--new-tokens", "6", "--threads", "1", "--batch", "2"]
-    done = subprocess.run(
-        [sys.executable, "benchmarks/buffering.py", "--quick", *sizes, "--reference", "none", "--json", str(target)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_benchmark("buffering", "--quick", *sizes, "--reference", "none", "--json", str(target))
+    assert done.exit_code == 0, done.output
     (model,) = json.loads(target.read_text())["rows"]
     rows = model["rows"]
     assert [row["error"] for row in rows] == [None] * 5
@@ -47,7 +37,7 @@ def test_a_tiny_run_gives_equal_tokens_everywhere(tmp_path: Path) -> None:
     for row in rows[1:]:
         assert row["within_budget"] and row["arena_bytes"] > 0 and 0 <= row["miss_rate"] <= 1
     assert set(model["simulated_miss_rates"]["50"]) == {*POLICIES, "belady"}
-    assert "equal" in done.stdout and "WRONG" not in done.stdout
+    assert "equal" in done.output and "WRONG" not in done.output
 
 
 def test_every_budget_tier_and_policy_has_its_side(modules: tuple[ModuleType, ModuleType, ModuleType]) -> None:

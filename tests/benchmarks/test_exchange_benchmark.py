@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
@@ -14,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.benchmark_modules import ROOT, benchmark_modules
+from tests.helpers.benchmark_modules import benchmark_modules, run_benchmark
 
 UNEVEN, PADDED = "uneven all-to-all", "padded all-to-all"
 
@@ -38,16 +35,9 @@ def modules() -> Iterator[Modules]:
 def quick_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[dict[str, Any]]]:
     target = tmp_path_factory.mktemp("benchmark") / "quick.json"
     sizes = ["--ranks", "2", "--tokens", "32", "--width", "16", "--rounds", "3", "--json", str(target)]
-    done = subprocess.run(
-        [sys.executable, "benchmarks/exchange.py", "--quick", *sizes],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout, json.loads(target.read_text(encoding="utf-8"))["rows"]
+    done = run_benchmark("exchange", "--quick", *sizes)
+    assert done.exit_code == 0, done.output
+    return done.output, json.loads(target.read_text(encoding="utf-8"))["rows"]
 
 
 @pytest.mark.slow

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -15,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers.benchmark_modules import ROOT, benchmark_modules
+from tests.helpers.benchmark_modules import benchmark_modules, run_benchmark
 
 
 @dataclass(frozen=True)
@@ -46,16 +43,9 @@ def quick_run(tmp_path_factory: pytest.TempPathFactory) -> QuickRun:
     pytest.importorskip("fairseq", reason="fairseq is not installed")
     target = tmp_path_factory.mktemp("benchmark") / "results" / "quick.json"
     sizes = ["--rounds", "2", "--source-tokens", "10", "--new-tokens", "5", "--lm-tokens", "48", "--threads", "1"]
-    done = subprocess.run(
-        [sys.executable, "benchmarks/fairseq_generate.py", "--quick", *sizes, "--json", str(target)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return QuickRun(done.stdout, json.loads(target.read_text(encoding="utf-8")))
+    done = run_benchmark("fairseq_generate", "--quick", *sizes, "--json", str(target))
+    assert done.exit_code == 0, done.output
+    return QuickRun(done.output, json.loads(target.read_text(encoding="utf-8")))
 
 
 @pytest.mark.slow

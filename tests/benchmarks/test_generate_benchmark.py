@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +14,7 @@ import transformers
 from packaging.version import Version
 from typer.testing import CliRunner
 
-from tests.helpers.benchmark_modules import ROOT, benchmark_modules
+from tests.helpers.benchmark_modules import ROOT, benchmark_modules, run_benchmark
 
 REFERENCE = ROOT / ".reference" / "transformers-4.57.1"
 LAST_SEEN_WRONG = Version("5.23.0")
@@ -55,16 +52,9 @@ def quick_run(tmp_path_factory: pytest.TempPathFactory) -> QuickRun:
     target = tmp_path_factory.mktemp("benchmark") / "results" / "quick.json"
     sizes = ["--rounds", "2", "--new-tokens", "12", "--source-tokens", "10", "--threads", "1"]
     files = ["--reference", str(REFERENCE), "--json", str(target)]
-    done = subprocess.run(
-        [sys.executable, "benchmarks/generate.py", "--quick", "--dtype", "float32", *sizes, *files],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return QuickRun(done.stdout, json.loads(target.read_text(encoding="utf-8")))
+    done = run_benchmark("generate", "--quick", "--dtype", "float32", *sizes, *files)
+    assert done.exit_code == 0, done.output
+    return QuickRun(done.output, json.loads(target.read_text(encoding="utf-8")))
 
 
 @pytest.mark.slow

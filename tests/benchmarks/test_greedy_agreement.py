@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import gzip
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import Result
 
 pytest.importorskip("fairseq", reason="fairseq is not installed")
 
 from fairseq_moe_opt.checkpoints import convert
-from tests.helpers.benchmark_modules import ROOT, benchmark_modules
+from tests.helpers.benchmark_modules import ROOT, benchmark_modules, run_benchmark
 
 MODEL = ROOT / "examples" / "demo" / "model"
 SENTENCES = ROOT / "examples" / "demo" / "demo.tsv.gz"
@@ -40,22 +38,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def agreement(model: Path, checkpoint: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "benchmarks/greedy_agreement.py", str(model), str(checkpoint), str(SENTENCES), *options],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+def agreement(model: Path, checkpoint: Path, *options: str) -> Result:
+    return run_benchmark("greedy_agreement", str(model), str(checkpoint), str(SENTENCES), *options)
 
 
 @pytest.mark.slow
 def test_the_demo_model_gives_equal_tokens(checkpoint: Path) -> None:
     done = agreement(MODEL, checkpoint, "--limit", "30", "--batch-size", "8")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1] == "30 of 30 sentences have equal tokens"
+    assert done.exit_code == 0, done.output
+    assert done.output.splitlines()[-1] == "30 of 30 sentences have equal tokens"
 
 
 @pytest.mark.slow
@@ -68,11 +59,11 @@ def test_another_model_is_told_apart(checkpoint: Path, tmp_path: Path) -> None:
     weights[name] = weights[name] * torch.linspace(0.5, 1.5, len(weights[name])).half()
     save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
     done = agreement(tmp_path / "model", checkpoint, "--limit", "12", "--max-tokens", "20")
-    assert done.returncode == 1, done.stderr
-    count = re.match(r"(\d+) of 12 sentences", done.stdout.splitlines()[-1])
+    assert done.exit_code == 1, done.output
+    count = re.match(r"(\d+) of 12 sentences", done.output.splitlines()[-1])
     assert count is not None
     assert int(count.group(1)) < 12
-    assert "gap of the two best logits" in done.stdout
+    assert "gap of the two best logits" in done.output
 
 
 @dataclass(frozen=True)

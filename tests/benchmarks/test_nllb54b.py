@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import combinations
@@ -18,7 +15,7 @@ import torch
 
 import hf_integration
 from fairseq_moe_opt.checkpoints import open_index, read_tensor
-from tests.helpers.benchmark_modules import ROOT, benchmark_modules
+from tests.helpers.benchmark_modules import benchmark_modules, run_benchmark
 
 
 def silent(_: str) -> None:
@@ -39,19 +36,14 @@ def modules() -> Iterator[Modules]:
         yield Modules(*found)
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "benchmarks/nllb54b.py", "--quick", "--threads", "1", *arguments]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-
-
 @pytest.fixture(scope="module")
 def content(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What a tiny run writes."""
     target = tmp_path_factory.mktemp("nllb54b") / "out" / "quick.json"
-    done = run("--batch", "2", "--new-tokens", "4", "--json", str(target))
-    assert done.returncode == 0, done.stderr
-    assert "peak RSS" in done.stdout
+    sizes = ["--threads", "1", "--batch", "2", "--new-tokens", "4"]
+    done = run_benchmark("nllb54b", "--quick", *sizes, "--json", str(target))
+    assert done.exit_code == 0, done.output
+    assert "peak RSS" in done.output
     return dict(json.loads(target.read_text()))
 
 
@@ -160,6 +152,6 @@ def test_files_are_cold_only_if_the_disk_gave_them(modules: Modules) -> None:
 
 
 def test_a_budget_without_room_is_one_line(tmp_path: Path) -> None:
-    done = run("--budget", "1 fortnight", "--folder", str(tmp_path / "model"))
-    assert done.returncode == 2
-    assert "fortnight" in done.stderr
+    done = run_benchmark("nllb54b", "--quick", "--budget", "1 fortnight", "--folder", str(tmp_path / "model"))
+    assert done.exit_code == 2
+    assert "fortnight" in done.output

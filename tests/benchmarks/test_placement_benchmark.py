@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -14,10 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import Result
 
 from fairseq_moe_opt.moe.trace import Trace, TraceLayer, TraceVisit, write_trace
 from fairseq_moe_opt.placement import Cluster, LoadHistory, evaluate, place, synthetic_history
-from tests.helpers.benchmark_modules import ROOT, benchmark_modules
+from tests.helpers.benchmark_modules import benchmark_modules, run_benchmark
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +25,8 @@ def results() -> Iterator[ModuleType]:
         yield found
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "benchmarks/placement.py", "--quick", *arguments]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+def run(*arguments: str) -> Result:
+    return run_benchmark("placement", "--quick", *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +35,7 @@ def content(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("placement")
     np.savez(folder / "mine.npz", **dict(synthetic_history("lm", 12, 16, 2, 9).layers))
     done = run(str(folder / "mine.npz"), "--json", str(folder / "out" / "quick.json"))
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.output
     assert "decoder-16" in done.stdout
     assert "mine.npz" in done.stdout
     return dict(json.loads((folder / "out" / "quick.json").read_text()))
@@ -100,8 +96,8 @@ def test_losses_are_told_layer_by_layer(results: ModuleType) -> None:
 def test_a_file_that_is_no_trace_is_refused(tmp_path: Path) -> None:
     (tmp_path / "no.npz").write_text("no")
     done = run(str(tmp_path / "no.npz"))
-    assert done.returncode == 2
-    assert "no.npz" in done.stderr
+    assert done.exit_code == 2
+    assert "no.npz" in done.output
 
 
 def test_a_trace_file_gives_one_trace_a_phase_and_no_more_ranks_than_experts(tmp_path: Path) -> None:
@@ -109,7 +105,7 @@ def test_a_trace_file_gives_one_trace_a_phase_and_no_more_ranks_than_experts(tmp
     visits = [TraceVisit(name, (0, 1, 2), 9, (step, 2, 3)) for step in range(1, 5) for name in ("e", "d")]
     write_trace(Trace(layers, tuple(visits)), tmp_path / "t.json")
     done = run(str(tmp_path / "t.json"), "--json", str(tmp_path / "out.json"))
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.output
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert {(row["trace"], row["ranks"]) for row in rows if row["experts"] == 3} == {
         ("t.json-encoder", 2),

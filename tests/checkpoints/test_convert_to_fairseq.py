@@ -24,7 +24,7 @@ from fairseq_moe_opt.checkpoints import (
 )
 from fairseq_moe_opt.checkpoints import to_fairseq as writing
 from fairseq_moe_opt.errors import CheckpointError, OptionError
-from tests.helpers.checkpoint_files import fairseq_state, save_fairseq, save_sharded
+from tests.helpers.checkpoint_files import fairseq_state, namespaces_allowed, save_fairseq, save_sharded
 from tests.helpers.goldens import FAIRSEQ_GOLDENS
 from tests.helpers.text_samples import DICTIONARY, SPM
 
@@ -33,7 +33,7 @@ LAYOUTS = (0, 1, 2, 4, 8)
 
 
 def torch_load(path: Path) -> dict[str, Any]:
-    with torch.serialization.safe_globals([argparse.Namespace]):
+    with namespaces_allowed():
         loaded: dict[str, Any] = torch.load(path, weights_only=True)
     return loaded
 

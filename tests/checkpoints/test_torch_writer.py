@@ -17,13 +17,14 @@ from fairseq_moe_opt.checkpoints.torch_writer import ALIGNMENT, write_torch
 from fairseq_moe_opt.checkpoints.torch_zip import only_tensors, open_torch_zip, tensor_records
 from fairseq_moe_opt.checkpoints.writers import Output
 from fairseq_moe_opt.errors import CheckpointError
+from tests.helpers.checkpoint_files import namespaces_allowed
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16]
 DTYPES += [torch.int8, torch.uint8, torch.bool]
 
 
 def torch_load(path: Path, **how: Any) -> Any:
-    with torch.serialization.safe_globals([argparse.Namespace]):
+    with namespaces_allowed():
         return torch.load(path, weights_only=True, **how)
 
 

@@ -128,6 +128,31 @@ def test_generate_prints_what_one_process_prints(size: int, tmp_path: Path) -> N
         check_same(printed(tmp_path, name), alone(tuple(plain), tmp_path / f"{name}, alone"))
 
 
+def generate_moving(cases: dict[str, list[str]], folder: Path) -> dict[str, tuple[int, int]]:
+    """As above; how often experts moved meanwhile, and how many."""
+    from fairseq_moe_opt.models import _report
+
+    moved, stock = {}, _report.TurnRebalancing
+    for name, words in cases.items():
+        made: list[Any] = []
+        _report.TurnRebalancing = lambda *given, made=made: made.append(stock(*given)) or made[-1]  # type: ignore
+        generate_all({name: words}, folder, 2)
+        (one,) = made
+        moved[name] = one.report.times, one.report.experts_moved
+    return moved
+
+
+def test_experts_that_move_on_the_way_change_nothing(tmp_path: Path) -> None:
+    flags = ["--moe-rebalance-every", "1", "--moe-placement", placed(tmp_path, [5, 3])]
+    ways = {"resident": [], "packed": ["--moe-kernel", "grouped_mm"], "buffered": BUFFERED}
+    cases = {name: [*arguments(beam=2), *flags, *way] for name, way in ways.items()}
+    for moved in values_of(start_ranks(2, generate_moving, cases, tmp_path, **PATIENCE)):
+        assert all(times > 0 and experts >= 2 for times, experts in moved.values()), moved
+    expected = alone(tuple(arguments(beam=2)), tmp_path / "alone")
+    for name in cases:
+        check_same(printed(tmp_path, name), expected)
+
+
 def score_all(cases: dict[str, list[str]], size: int) -> dict[str, tuple[float | None, list[str]]]:
     """The loss of every case, and what is logged of words."""
     from fairseq import distributed_utils

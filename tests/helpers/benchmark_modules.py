@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+
+import typer
+from click.testing import Result
+from typer.testing import CliRunner
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -21,3 +26,13 @@ def benchmark_modules(*names: str) -> Iterator[tuple[ModuleType, ...]]:
         yield tuple(importlib.import_module(name) for name in names)
     finally:
         sys.path.remove(folder)
+
+
+def run_benchmark(name: str, *arguments: str) -> Result:
+    """Run a benchmark's command in this process: one of its own spends seconds on loading torch and Transformers."""
+    with benchmark_modules(name) as (module,):
+        application = typer.Typer(add_completion=False)
+        application.command()(module.main)
+        # Processes that it starts compute with this tree's packages, too.
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        return CliRunner().invoke(application, list(arguments), env={"PYTHONPATH": path})

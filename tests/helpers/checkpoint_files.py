@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -78,3 +79,14 @@ def save_sharded(folder: Path, ranks: int = 2, stem: str = "checkpoint", updates
         experts = {name: tensor for name, tensor in part.items() if ".experts." in name}
         save_fairseq(folder / f"{stem}-rank-{rank}.pt", experts, updates)
     return folder / f"{stem}.pt"
+
+
+@contextmanager
+def namespaces_allowed() -> Iterator[None]:
+    """``torch.load`` builds Namespaces in the block; afterwards what was allowed before, still is."""
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.add_safe_globals([argparse.Namespace])
+    yield
+    if argparse.Namespace not in before:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)

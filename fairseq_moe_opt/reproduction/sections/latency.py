@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from statistics import median_high
 from typing import Any
 
 from fairseq_moe_opt.reproduction.config import DECODER, ENCODER, LM, PHASES
 from fairseq_moe_opt.reproduction.context import Context, Reference
-from fairseq_moe_opt.reproduction.drawing import COLOURS, new_figure
+from fairseq_moe_opt.reproduction.drawing import new_figure, variant_bars
 from fairseq_moe_opt.reproduction.models import DENSE, DYNAMIC, STATIC, VARIANTS
 from fairseq_moe_opt.reproduction.results import AT_LEAST, Line, PaperValue, Section, seconds_text, times
 
@@ -97,15 +98,8 @@ def draw(data: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     figure = new_figure(10, 3.4)
     for axes, phase in zip(figure.subplots(1, len(PHASES)), PHASES, strict=True):
         one = data[phase]
-        seconds = [
-            1000 * sorted(one["timings"][name]["seconds"])[len(one["timings"][name]["seconds"]) // 2]
-            for name in VARIANTS
-        ]
-        bars = axes.bar(VARIANTS, seconds, color=[COLOURS[name] for name in VARIANTS])
-        axes.bar_label(bars, [f"{value:,.0f}" for value in seconds])
-        axes.set_ylabel("ms a forward")
-        axes.set_title(
-            f"{one['title']}: dynamic gating {times(seconds[1] / seconds[2])} as fast\n{one['batch']}", fontsize=9
-        )
-        axes.spines[["top", "right"]].set_visible(False)
+        seconds = {name: 1000 * median_high(one["timings"][name]["seconds"]) for name in VARIANTS}
+        gain = times(seconds[STATIC] / seconds[DYNAMIC])
+        title = f"{one['title']}: dynamic gating {gain} as fast\n{one['batch']}"
+        variant_bars(axes, seconds, ",.0f", "ms a forward", title)
     yield "latency.png", figure

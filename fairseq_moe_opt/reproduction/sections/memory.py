@@ -8,7 +8,7 @@ from typing import Any
 
 from fairseq_moe_opt.reproduction.config import DECODER, ENCODER, LM, PHASES, TITLES
 from fairseq_moe_opt.reproduction.context import Context, Reference
-from fairseq_moe_opt.reproduction.drawing import COLOURS, MIB, new_figure
+from fairseq_moe_opt.reproduction.drawing import MIB, new_figure, variant_bars
 from fairseq_moe_opt.reproduction.models import DENSE, DYNAMIC, STATIC, VARIANTS
 from fairseq_moe_opt.reproduction.results import AT_LEAST, Line, PaperValue, Section, times
 from fairseq_moe_opt.sizes import readable
@@ -126,12 +126,8 @@ def draw(data: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for axes, phase in zip(figure.subplots(1, len(PHASES)), PHASES, strict=True):
         one = data[phase]
         batch = max(one["peaks"], key=int)
-        peaks = [one["peaks"][batch][name] / MIB for name in VARIANTS]
-        bars = axes.bar(VARIANTS, peaks, color=[COLOURS[name] for name in VARIANTS])
-        axes.bar_label(bars, [f"{value:,.1f}" for value in peaks])
-        axes.set_ylabel("MiB of activations")
-        axes.set_title(
-            f"{one['title']}: dynamic gating takes {peaks[2] / peaks[1]:.0%} of static's\n{one['batch']}", fontsize=9
-        )
-        axes.spines[["top", "right"]].set_visible(False)
+        peaks = {name: one["peaks"][batch][name] / MIB for name in VARIANTS}
+        share = f"{peaks[DYNAMIC] / peaks[STATIC]:.0%}"
+        title = f"{one['title']}: dynamic gating takes {share} of static's\n{one['batch']}"
+        variant_bars(axes, peaks, ",.1f", "MiB of activations", title)
     yield "memory.png", figure
