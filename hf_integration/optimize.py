@@ -16,6 +16,7 @@ from transformers import GenerationMixin
 
 from fairseq_moe_opt.build import ExpertBuffer, Rebalancer, require_ranks
 from fairseq_moe_opt.errors import OptionError
+from fairseq_moe_opt.moe.dense_report import DenseCounters
 from fairseq_moe_opt.moe.exchange_report import RebalanceReport
 from fairseq_moe_opt.moe.report import Report, peak_memory, tokens_by_phase, write_report
 from fairseq_moe_opt.moe.trace import TraceLayer, TraceRecorder, write_trace
@@ -24,10 +25,13 @@ from fairseq_moe_opt.parallel import ALL_REDUCE, ExpertSpread
 from fairseq_moe_opt.placement import Placement
 from fairseq_moe_opt.presets import with_preset
 from fairseq_moe_opt.profiling import ALL_CALLS, Profile, Profiler, check_folder, write_profile
+from hf_integration.dense import install_dense
 from hf_integration.expert_dtypes import require_scales
 from hf_integration.families import family_of
+from hf_integration.freed_memory import keep_freed_memory
 from hf_integration.patching import Installed, Patches
 from hf_integration.profiling import about, profiler_for, weights_of
+from hf_integration.roomy_cache import install_roomy_caches
 from hf_integration.synced import Decoding, SharedDecoding, SyncedDecoding
 
 
@@ -46,12 +50,14 @@ class Handle:
         options: MoEOptions,
         decoding: Decoding | None = None,
         rebalancer: Rebalancer | None = None,
+        dense: DenseCounters | None = None,
     ) -> None:
         self.options = options
         self.decoding = decoding
         self._model = model
         self._installed = installed
         self._rebalancer = rebalancer
+        self._dense = dense
         self._seconds = 0.0
         self._recorder = self.record() if options.trace is not None else None
         self._profiler: Profiler | None = None
@@ -84,6 +90,7 @@ class Handle:
             seconds=self._seconds,
             buffer=self._installed.buffer,
             rebalancing=None if moving is None else moving.report,
+            dense=None if self._dense is None else self._dense.snapshot(),
         )
 
     @property
@@ -110,6 +117,8 @@ class Handle:
         self._seconds = 0.0
         for layer in self._installed.layers:
             layer.counters.reset()
+        if self._dense is not None:
+            self._dense.reset()
         if self._device().type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device())
 
@@ -263,7 +272,10 @@ def install(
         else:
             decoding = SyncedDecoding(model, spread.ranks, installed.masks, rebalancer)
         decoding.install(installed.patches)
-    handle = Handle(model, installed, options, decoding, rebalancer)
+    dense = install_dense(model, options, installed.patches)
+    install_roomy_caches(model, installed.patches)
+    keep_freed_memory()
+    handle = Handle(model, installed, options, decoding, rebalancer, dense)
     if isinstance(model, GenerationMixin):
         installed.patches.set_attribute(model, "generate", _Generate(model, handle))
     installed.patches.set_attribute(model, "moe", handle)

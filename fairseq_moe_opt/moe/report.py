@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fairseq_moe_opt.moe.cache_report import BufferReport, CacheCounters, CacheReport
+from fairseq_moe_opt.moe.dense_report import DenseReport
 from fairseq_moe_opt.moe.device_counts import DeviceCounts
 from fairseq_moe_opt.moe.exchange_report import ExchangeCounters, ExchangeReport, RebalanceReport
 from fairseq_moe_opt.moe.types import Dispatch
@@ -241,6 +242,7 @@ class Report:
         buffer: the memory that experts share; None where all of them stay.
         rebalancing: what moving experts between ranks took since the model was loaded, for it happens between calls;
             None where one process has them all.
+        dense: what computed the rest of the model; None where the host model does that as it is.
     """
 
     family: str
@@ -253,6 +255,7 @@ class Report:
     seconds: float
     buffer: BufferReport | None = None
     rebalancing: RebalanceReport | None = None
+    dense: DenseReport | None = None
 
     @property
     def step_seconds(self) -> dict[str, float]:
