@@ -8,6 +8,7 @@ by round, with the same hooks on the same modules (see ``_components.py``). Each
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import tempfile
@@ -123,8 +124,31 @@ def table_of(rows: Sequence[dict[str, Any]], dtype: str, phase: str) -> Table:
 
 def commit_of(folder: Path) -> str:
     """What a checkout is of: its commit, or the folder's name where git does not know."""
-    done = subprocess.run(["git", "-C", str(folder), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    command = ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else folder.name
+
+
+def model_in(folder: Path, shape: Shape, seed: int) -> Path:
+    """The random model of ``shape`` and ``seed`` in ``folder``, made there unless it is there already."""
+    made = folder / "made.json"
+    wanted = {"shape": shape.to_dict(), "seed": seed}
+    if not made.exists() or json.loads(made.read_text(encoding="utf-8")) != wanted:
+        folder.mkdir(parents=True, exist_ok=True)
+        make_weights(shape, seed, folder)
+        made.write_text(json.dumps(wanted), encoding="utf-8")
+    return folder
+
+
+def merged(path: Path, arguments: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """``rows`` and those of the dtypes and batches in ``path`` that were not measured again, under equal arguments."""
+    if not path.exists():
+        return list(rows)
+    before = json.loads(path.read_text(encoding="utf-8"))
+    if before["arguments"] != arguments:
+        raise SystemExit(f"{path} was measured with other arguments: {before['arguments']}")
+    again = {(row["dtype"], row["batch"]) for row in rows}
+    return [*(row for row in before["rows"] if (row["dtype"], row["batch"]) not in again), *rows]
 
 
 @app.command()
@@ -140,6 +164,8 @@ def main(
         ".reference/transformers-4.57.1"
     ),
     before: Annotated[Path | None, typer.Option(help="checkout of another commit of this project")] = None,
+    model: Annotated[Path | None, typer.Option(help="folder where the random model is made, or was")] = None,
+    add: Annotated[bool, typer.Option("--add", help="keep what the file has of other dtypes and batches")] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="where results go [default: results/around.json, none if quick]")
     ] = None,
@@ -158,10 +184,10 @@ def main(
     cores = threads or usable_cores()
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="moe-bench-") as folder, console.status("making the model") as status:
-        make_weights(shape, seed, Path(folder))
+        weights = model_in(model or Path(folder), shape, seed)
         for name in dtypes:
             sides = sides_of(name, reference if found else None, before, kernel)
-            rows += measure(sides, cases, rounds, Path(folder), cores, status.update)
+            rows += measure(sides, cases, rounds, weights, cores, status.update)
             for phase in PHASES:
                 console.print(table_of(rows, name, phase))
     target = json_file or (None if quick else RESULTS)
@@ -169,7 +195,6 @@ def main(
         versions = {"transformers": version("transformers"), "reference": REFERENCE if found else None}
         arguments = {
             "shape": shape.to_dict(),
-            "batch": [case.batch for case in cases],
             "tokens": tokens,
             "rounds": rounds,
             "threads": cores,
@@ -177,7 +202,7 @@ def main(
             "seed": seed,
             "before": None if before is None else commit_of(before),
         }
-        write_results(target, versions, arguments, rows)
+        write_results(target, versions, arguments, merged(target, arguments, rows) if add else rows)
         console.print(f"written to {target}")
 
 
