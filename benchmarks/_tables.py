@@ -206,14 +206,14 @@ def _kernel_cells(sides: Mapping[tuple[str, int], Content]) -> Iterator[str]:
 def around(content: Content, *, dtype: str, batch: str, phase: str) -> str:
     """Milliseconds of each component, a column a side; the whole was timed without hooks."""
     rows = [row for row in content["rows"] if (row["dtype"], row["phase"], str(row["batch"])) == (dtype, phase, batch)]
-    components = [name for name, spent in rows[0]["milliseconds"].items() if spent]
+    components = [name for name, spent in rows[0]["seconds"].items() if spent]
     names = [row["side"].replace("before", f"at {content['arguments']['before']}") for row in rows]
-    lines = [[name, *(f"{row['milliseconds'][name]:.2f}" for row in rows)] for name in components]
+    lines = [[name, *(f"{row['seconds'][name] * 1000:.2f}" for row in rows)] for name in components]
     return markdown(
         ["milliseconds", *names],
         [
             *lines,
-            ["**whole**", *(f"**{row['whole']:.1f}**" for row in rows)],
+            ["**whole**", *(f"**{row['whole'] * 1000:.1f}**" for row in rows)],
             ["times as fast as 4.57.1", *(f"{rows[0]['whole'] / row['whole']:.2f}" for row in rows)],
         ],
     )

@@ -54,7 +54,7 @@ def measure(
     threads: int,
     progress: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """A row a side, case and phase: milliseconds of each component, a pass of the encoder or a token of the decoder."""
+    """A row a side, case and phase: seconds of each component, a pass of the encoder or a token of the decoder."""
     rows: list[dict[str, Any]] = []
     with ExitStack() as stack:
         logs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moe-bench-logs-")))
@@ -91,17 +91,15 @@ def _rows(
     """Of the encoder, and of the decoder; ``whole`` was timed without hooks."""
     rows = []
     for phase, parts in zip(PHASES, (1, case.new_tokens), strict=True):
-        milliseconds = {
-            component: median(one[phase][component] for one in found) / parts * 1000 for component in COMPONENTS
-        }
+        seconds = {component: median(one[phase][component] for one in found) / parts for component in COMPONENTS}
         rows.append(
             {
                 "side": side.name,
                 "dtype": side.dtype,
                 "batch": case.batch,
                 "phase": phase,
-                "milliseconds": milliseconds,
-                "whole": median(one[phase] for one in plain) / parts * 1000,
+                "seconds": seconds,
+                "whole": median(one[phase] for one in plain) / parts,
                 "tokens_equal": equal,
             }
         )
@@ -117,8 +115,8 @@ def table_of(rows: Sequence[dict[str, Any]], dtype: str, phase: str) -> Table:
     for row in chosen:
         table.add_column(f"batch {row['batch']}:\n{row['side']}", justify="right")
     for component in COMPONENTS:
-        table.add_row(component, *(f"{row['milliseconds'][component]:.2f}" for row in chosen))
-    table.add_row("whole, without hooks", *(f"{row['whole']:.2f}" for row in chosen))
+        table.add_row(component, *(f"{row['seconds'][component] * 1000:.2f}" for row in chosen))
+    table.add_row("whole, without hooks", *(f"{row['whole'] * 1000:.2f}" for row in chosen))
     return table
 
 
