@@ -31,7 +31,7 @@ REFERENCE_PINS := transformers==4.57.1 huggingface-hub==0.36.2 tokenizers==0.22.
 .PHONY: help demo test test-gpu lint style bench bench-transformers bench-fairseq
 .PHONY: bench-exchange bench-buffering bench-nllb54b bench-profiling bench-kernels bench-gpu bench-tables docs-check reproduce
 .PHONY: setup reference clean distclean FORCE test-compat test-old-cpu test-single-core test-no-compiler
-.PHONY: test-oldest bench-families
+.PHONY: test-oldest bench-families bench-around
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1@\2/p' $(MAKEFILE_LIST) | column -t -s @ 2>/dev/null \
@@ -92,6 +92,9 @@ bench: ## run all benchmarks, and draw the tables of README.md and docs/ again
 
 bench-transformers: $(STAMPS)/project $(REFERENCE) ## generation against Transformers 4.57.1 and 5.x (BENCH_ARGS=...)
 	$(BIN)/python benchmarks/generate.py --reference $(REFERENCE) $(BENCH_ARGS)
+
+bench-around: $(STAMPS)/project $(REFERENCE) ## where a forward's time goes besides the experts (AROUND_BENCH_ARGS=...)
+	$(BIN)/python benchmarks/around.py --reference $(REFERENCE) $(AROUND_BENCH_ARGS)
 
 bench-fairseq: $(STAMPS)/project $(STAMPS)/fairseq ## fairseq with static and dynamic gating (FAIRSEQ_BENCH_ARGS=...)
 	$(BIN)/python benchmarks/fairseq_generate.py $(FAIRSEQ_BENCH_ARGS)

@@ -57,7 +57,7 @@ FAIRSEQ = [
     "tqdm",
 ]
 PLOTS = ["matplotlib>=3.8"]
-DEV = ["hypothesis>=6.100", "mypy>=1.15", "pytest>=8", "pytest-cov>=5", "pytest-xdist>=3.6", "ruff>=0.9"]
+DEV = ["hypothesis>=6.100", "mypy>=1.15", "pytest>=8", "pytest-cov>=5", "pytest-xdist>=3.6.1", "ruff>=0.9"]
 DEV += ["scipy>=1.11", "types-PyYAML"]
 DEV.append("peft>=0.18")  # tests of adapters
 # Its interpreter runs the device code on a CPU. CUDA builds of torch for Linux bring it along.

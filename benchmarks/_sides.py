@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 REFERENCE = "Transformers 4.57.1"
 STOCK = "Transformers 5 as shipped"
@@ -50,7 +51,7 @@ class Side:
 
     name: str
     dtype: str
-    options: Mapping[str, str] | None = None
+    options: Mapping[str, Any] | None = None
     python_path: Path | None = None
 
 

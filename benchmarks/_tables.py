@@ -234,6 +234,22 @@ def _family_speed(row: Content | None, phase: str) -> str:
     return f"{row['tokens_per_second'][phase]:,.0f}" + (" **WRONG**" if row["tokens"] is False else "")
 
 
+def around(content: Content, *, dtype: str, batch: str, phase: str) -> str:
+    """Milliseconds of each component, a column a side; the whole was timed without hooks."""
+    rows = [row for row in content["rows"] if (row["dtype"], row["phase"], str(row["batch"])) == (dtype, phase, batch)]
+    components = [name for name, spent in rows[0]["seconds"].items() if spent]
+    names = [row["side"].replace("before", f"at {content['arguments']['before']}") for row in rows]
+    lines = [[name, *(f"{row['seconds'][name] * 1000:.2f}" for row in rows)] for name in components]
+    return markdown(
+        ["milliseconds", *names],
+        [
+            *lines,
+            ["**whole**", *(f"**{row['whole'] * 1000:.1f}**" for row in rows)],
+            ["times as fast as 4.57.1", *(f"{rows[0]['whole'] / row['whole']:.2f}" for row in rows)],
+        ],
+    )
+
+
 def profiling(content: Content) -> str:
     """What profiling costs: times as long as a model that was never profiled."""
     sides = list(content["rows"][0]["wall_ratio"])
@@ -264,6 +280,7 @@ def perplexity(content: Content) -> str:
 
 
 TABLES: Mapping[str, Callable[..., str]] = {
+    "around": around,
     "buffering": buffering,
     "conditions": conditions,
     "exchange": exchange,

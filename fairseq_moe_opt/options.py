@@ -19,6 +19,7 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
     "gating": ("dynamic", "static"),
     "capacity": ("none", "checkpoint"),
     "kernel": ("auto", "naive", "loop", "grouped_mm", "fused", "triton"),
+    "dense": ("auto", "torch"),
     "expert_dtype": ("checkpoint", "bf16", "int8"),
     "eviction": ("auto", "reuse", "lfru", "lifo", "fifo", "lru", "lfu"),
     "expert_pool": ("auto", "global", "layer"),
@@ -61,6 +62,10 @@ class MoEOptions:
     kernel: str = "auto"
     """what computes the experts: auto takes the fastest one here; naive, loop, grouped_mm, fused and triton ask
     for one."""
+
+    dense: str = "auto"
+    """what computes the model's dense layers on a CPU: auto takes what is fastest there of the compiled kernel, oneDNN
+    and torch, with results equal to rounding; torch leaves them as they are. Transformers' models only."""
 
     expert_dtype: str = "checkpoint"
     """dtype of the experts in memory, all else keeps the model's: checkpoint takes them as they are stored; bf16 rounds

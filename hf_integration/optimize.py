@@ -16,6 +16,7 @@ from transformers import GenerationMixin
 
 from fairseq_moe_opt.build import ExpertBuffer, Rebalancer, require_ranks
 from fairseq_moe_opt.errors import OptionError
+from fairseq_moe_opt.moe.dense_report import DenseCounters
 from fairseq_moe_opt.moe.exchange_report import RebalanceReport
 from fairseq_moe_opt.moe.report import Report, peak_memory, tokens_by_phase, write_report
 from fairseq_moe_opt.moe.trace import TraceLayer, TraceRecorder, write_trace
@@ -24,10 +25,13 @@ from fairseq_moe_opt.parallel import ALL_REDUCE, ExpertSpread, own_file, own_fol
 from fairseq_moe_opt.placement import Placement
 from fairseq_moe_opt.presets import with_preset
 from fairseq_moe_opt.profiling import ALL_CALLS, Profile, Profiler, check_folder, write_profile
+from hf_integration.dense import install_dense
 from hf_integration.expert_dtypes import require_scales
 from hf_integration.families import family_of
+from hf_integration.freed_memory import keep_freed_memory
 from hf_integration.patching import Installed, Patches
 from hf_integration.profiling import about, profiler_for, weights_of
+from hf_integration.roomy_cache import install_roomy_caches
 from hf_integration.synced import Decoding, SharedDecoding, SyncedDecoding
 
 
@@ -48,6 +52,7 @@ class Handle:
         decoding: Decoding | None = None,
         rebalancer: Rebalancer | None = None,
         number: int | None = None,
+        dense: DenseCounters | None = None,
     ) -> None:
         self.options = options
         self.decoding = decoding
@@ -55,6 +60,7 @@ class Handle:
         self._model = model
         self._installed = installed
         self._rebalancer = rebalancer
+        self._dense = dense
         self._seconds = 0.0
         self._recorder = self.record() if options.trace is not None else None
         self._profiler: Profiler | None = None
@@ -88,6 +94,7 @@ class Handle:
             buffer=self._installed.buffer,
             rebalancing=None if moving is None else moving.report,
             notes=self._installed.notes,
+            dense=None if self._dense is None else self._dense.snapshot(),
         )
 
     @property
@@ -114,6 +121,8 @@ class Handle:
         self._seconds = 0.0
         for layer in self._installed.layers:
             layer.counters.reset()
+        if self._dense is not None:
+            self._dense.reset()
         if self._device().type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device())
 
@@ -264,8 +273,11 @@ def install(
         else:
             decoding = SyncedDecoding(model, spread.ranks, installed.masks, rebalancer)
         decoding.install(installed.patches)
+    dense = install_dense(model, options, installed.patches)
+    install_roomy_caches(model, installed.patches)
+    keep_freed_memory()
     number = own_number(None if spread is None else spread.ranks)
-    handle = Handle(model, installed, options, decoding, rebalancer, number)
+    handle = Handle(model, installed, options, decoding, rebalancer, number, dense)
     if isinstance(model, GenerationMixin):
         installed.patches.set_attribute(model, "generate", _Generate(model, handle))
     installed.patches.set_attribute(model, "moe", handle)

@@ -95,7 +95,12 @@ def _runtime_field(name: str) -> tuple[str, Any, Any]:
     return f"moe_{name}", kind, field(default=None, metadata={"help": field_help()[name]})
 
 
-RUNTIME_ARGUMENTS: Mapping[str, str] = {f"moe_{option.name}": option.name for option in fields(MoEOptions)}
+_TRANSFORMERS_ONLY = ("dense",)
+"""Options without effect here: fairseq's dense layers are left as they are."""
+
+RUNTIME_ARGUMENTS: Mapping[str, str] = {
+    f"moe_{option.name}": option.name for option in fields(MoEOptions) if option.name not in _TRANSFORMERS_ONLY
+}
 """The runtime's own options, under the names they have among fairseq's arguments."""
 
 RuntimeArguments = make_dataclass(
@@ -175,6 +180,9 @@ def expand_preset(arguments: Mapping[str, Any]) -> dict[str, Any]:
         preset = read_preset(name)
     except OptionError as error:
         raise OptionError(PRESET_ARGUMENT, str(error).split(": ", 1)[1]) from None
+    for option in _TRANSFORMERS_ONLY:
+        if option in preset:
+            raise OptionError(PRESET_ARGUMENT, f"{name!r} gives {option!r}, which has no effect on fairseq's models")
     said = {argument: value for argument, value in given.items() if value is not None}
     return {**given, **{f"moe_{option}": value for option, value in preset.items()}, **said}
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fairseq_moe_opt.moe.cache_report import BufferReport, CacheCounters, CacheReport
+from fairseq_moe_opt.moe.dense_report import DenseReport
 from fairseq_moe_opt.moe.device_counts import DeviceCounts
 from fairseq_moe_opt.moe.exchange_report import ExchangeCounters, ExchangeReport, RebalanceReport
 from fairseq_moe_opt.moe.types import Dispatch
@@ -242,6 +243,7 @@ class Report:
         rebalancing: what moving experts between ranks took since the model was loaded, for it happens between calls;
             None where one process has them all.
         notes: sentences on what the host framework's release made different; mostly none.
+        dense: what computed the rest of the model; None where the host model does that as it is.
     """
 
     family: str
@@ -255,6 +257,7 @@ class Report:
     buffer: BufferReport | None = None
     rebalancing: RebalanceReport | None = None
     notes: tuple[str, ...] = ()
+    dense: DenseReport | None = None
 
     @property
     def step_seconds(self) -> dict[str, float]:
