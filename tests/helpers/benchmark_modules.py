@@ -35,4 +35,5 @@ def run_benchmark(name: str, *arguments: str) -> Result:
         application.command()(module.main)
         # Processes that it starts compute with this tree's packages, too.
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        return CliRunner().invoke(application, list(arguments), env={"PYTHONPATH": path})
+        wide_enough = {"COLUMNS": "200"}  # no path in a message is cut
+        return CliRunner().invoke(application, list(arguments), env={"PYTHONPATH": path, **wide_enough})

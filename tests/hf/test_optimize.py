@@ -259,8 +259,8 @@ def test_a_model_without_experts_is_refused() -> None:
     [
         (
             {"kernl": "loop"},
-            r"'kernl': no such option; there are gating, capacity, kernel, expert_dtype, expert_memory, host_memory, "
-            r"eviction, expert_pool, prefetch, host_compute, warm_start, trace, rebalance_every, profile, "
+            r"'kernl': no such option; there are gating, capacity, kernel, dense, expert_dtype, expert_memory, "
+            r"host_memory, eviction, expert_pool, prefetch, host_compute, warm_start, trace, rebalance_every, profile, "
             r"report$",
         ),
         ({"kernel": "fast"}, r"'kernel': 'fast' is not one of auto, naive, loop, grouped_mm"),
