@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fairseq_moe_opt.errors import KernelError
+from fairseq_moe_opt.moe import LayerConfig, LayerCounters, MoELayer, ResidentExperts, SoftmaxTopKRouter
 from fairseq_moe_opt.moe.experts import expert_ffn
 from fairseq_moe_opt.moe.kernels import available_kernels, choose_kernel, extension, get_kernel, limits
 from fairseq_moe_opt.moe.quantization import quantize_into
@@ -196,11 +197,29 @@ def test_large_numbers_in_bfloat16_rows_cost_int8_experts_nothing(level: str, ra
 
 
 @needs_extension
-def test_weights_with_strides_of_their_own_are_computed_too() -> None:
-    expert = make_expert(32, 64, torch.float32, torch.float32)
-    turned = replace(expert, fc1_weight=expert.fc1_weight.t().contiguous().t())
-    rows = torch.randn(2, 32)
-    torch.testing.assert_close(run("fused", rows, [2], [turned], "relu"), run("naive", rows, [2], [expert], "relu"))
+def test_what_it_cannot_compute_is_refused_by_name_and_left_alone_by_auto() -> None:
+    """Never computed by another kernel under this one's name."""
+    expert = make_expert(8, 16, torch.float32, torch.float32)
+    spread = torch.empty(16, 16)[:, ::2].copy_(expert.fc1_weight)
+    reasons = {
+        "not the activation 'gelu_tanh'; use kernel='loop'": ([expert], "gelu_tanh"),
+        "lie so in memory; use kernel='loop'": ([replace(expert, fc1_weight=spread)], "relu"),
+    }
+    for reason, (experts, activation) in reasons.items():
+        rows = torch.randn(1, 8)
+        with pytest.raises(KernelError, match=reason):
+            run("fused", rows, [1], experts, activation)
+        layers = {}
+        for kernel in ("auto", "fused", "naive"):
+            config = LayerConfig(kernel=kernel, activation=activation)
+            counters = LayerCounters("layer", "decoder", 1, False)
+            store, router = ResidentExperts(1, experts.__getitem__), SoftmaxTopKRouter(1, 1)
+            layers[kernel] = MoELayer(lambda x: x[:, :1], router, store, config, counters)
+        with torch.inference_mode():
+            with pytest.raises(KernelError, match=reason):
+                layers["fused"](rows)
+            torch.testing.assert_close(layers["auto"](rows).output, layers["naive"](rows).output)
+        assert layers["auto"].counters.snapshot().kernels == ("loop",)
 
 
 def test_the_compiled_code_knows_every_part_of_an_expert() -> None:

@@ -27,6 +27,14 @@ _NUMBERS = 14
 """That describe an expert to the compiled code."""
 
 
+NO_LAYOUT = "fused does not read experts whose tensors lie so in memory; use kernel='loop'"
+
+
+def no_activation(activation: str) -> str:
+    """That the compiled code does not have it."""
+    return f"fused computes {', '.join(_ACTIVATIONS)}, not the activation {activation!r}; use kernel='loop'"
+
+
 class FusedKernel:
     """Experts with few rows in one compiled call; the others as ``loop`` computes them.
 
@@ -53,6 +61,16 @@ class FusedKernel:
         extension = load()
         return f"{extension}; use kernel='loop'" if isinstance(extension, str) else None
 
+    @staticmethod
+    def computes(activation: str) -> bool:
+        """Whether it has that activation."""
+        return activation in _ACTIVATIONS
+
+    @staticmethod
+    def reads(expert: ExpertWeights) -> bool:
+        """Whether it reads an expert whose tensors lie so in memory."""
+        return _addresses(expert, expert.fc1_weight.dtype, []) is not None
+
     def run(self, rows: Tensor, segments: Sequence[Segment], wave: ExpertWave, activation: str, out: Tensor) -> None:
         """Write every segment's result into its slice of ``out``."""
         if rows.dtype == torch.float16 and out.dtype == torch.float16 and wave.weights[0].is_quantized:
@@ -64,16 +82,18 @@ class FusedKernel:
             return
         extension = self._loaded()
         weights = dict(zip(wave.experts, wave.weights, strict=True))
-        suits = rows.dtype in _ROWS and activation in _ACTIVATIONS and rows.is_contiguous() and out.is_contiguous()
+        if not self.computes(activation):
+            raise KernelError(f"kernel 'fused' cannot run: {no_activation(activation)}")
+        suits = rows.dtype in _ROWS and rows.is_contiguous() and out.is_contiguous()
         numbers, converted, left = array("q"), list[Tensor](), list[Segment]()
         for segment in segments:
             expert, num_rows = weights[segment.expert], segment.stop - segment.start
-            addresses = None
-            if suits and num_rows <= self._most_rows(expert, rows.dtype, extension.level):
-                addresses = _addresses(expert, rows.dtype, converted)
-            if addresses is None:
+            if not suits or num_rows > self._most_rows(expert, rows.dtype, extension.level):
                 left.append(segment)
                 continue
+            addresses = _addresses(expert, rows.dtype, converted)
+            if addresses is None:
+                raise KernelError(f"kernel 'fused' cannot run: {NO_LAYOUT}")
             numbers.extend(addresses)
             numbers.extend((int(rows.dtype == torch.bfloat16), segment.start, num_rows, 0, 0))
         if left:
