@@ -35,7 +35,8 @@ NO_LAYOUT = "fused does not read experts whose tensors lie so in memory; use ker
 
 def no_activation(activation: str) -> str:
     """That the compiled code does not have it."""
-    return f"fused computes {', '.join(_ACTIVATIONS)} and clamped SwiGLU, not the activation {activation!r}; use kernel='loop'"
+    known = f"{', '.join(_ACTIVATIONS)} and clamped SwiGLU"
+    return f"fused computes {known}, not the activation {activation!r}; use kernel='loop'"
 
 
 class FusedKernel:

@@ -32,7 +32,7 @@ _SHIPPED: Mapping[tuple[str, str], Mapping[str, int]] = {
 
 _TRANSPOSED: Mapping[torch.dtype, Mapping[str, int]] = {
     torch.float32: {"avx512": ALWAYS, "avx2": 4, "generic": 2},
-    torch.bfloat16: {"avx512_bf16": 64, "avx512": 4, "avx2": 4, "generic": 2},
+    torch.bfloat16: {"avx512_bf16": 512, "avx512": 4, "avx2": 4, "generic": 2},
 }
 """The same for matrices that lie transposed, of the rows' dtype; these are not measured again on other machines."""
 
