@@ -39,7 +39,7 @@ class SlotLayout:
 
     @classmethod
     def of(cls, expert: ExpertWeights) -> SlotLayout:
-        """The layout for experts of the same shapes, strides and dtypes as ``expert``; it may have no storage (``meta``).
+        """The layout for experts of ``expert``'s shapes, strides and dtypes; it may have no storage (``meta``).
 
         Matrices may lie transposed, without gaps, and gate and ``fc1`` may take turns in one.
         """
