@@ -91,5 +91,7 @@ def _with_choices(compared: Compared, ranks: Collectives, device: torch.device) 
     if options.buffered and options.prefetch == "auto" and device.type != "cpu":
         # auto is router beside a GPU, and that knows nothing of what other ranks will send.
         options = replace(options, prefetch="previous")
-    kernel = choose_kernel(options.kernel, device, compared.dtype[1], apart=options.buffered).name
-    return replace(options, kernel=follow_first(ranks, kernel))
+    own = choose_kernel(options.kernel, device, compared.dtype[1], apart=options.buffered).name
+    agreed = follow_first(ranks, own)
+    # Where auto is the same here it stays auto, which can still take another kernel for another activation.
+    return options if agreed == own else replace(options, kernel=agreed)

@@ -15,12 +15,13 @@ from fairseq_moe_opt.sizes import aligned
 
 @dataclass(frozen=True)
 class _Place:
-    """Where one tensor lies in a slot: ``start`` and ``nbytes`` in bytes."""
+    """Where one tensor lies in a slot: ``start`` and ``nbytes`` in bytes, ``stride`` in elements."""
 
     name: str
     start: int
     nbytes: int
     shape: tuple[int, ...]
+    stride: tuple[int, ...]
     dtype: torch.dtype
 
 
@@ -38,14 +39,24 @@ class SlotLayout:
 
     @classmethod
     def of(cls, expert: ExpertWeights) -> SlotLayout:
-        """The layout for experts with the shapes and dtypes of ``expert``, which may have no storage (``meta``)."""
-        places, start = [], 0
+        """The layout for experts of ``expert``'s shapes, strides and dtypes; it may have no storage (``meta``).
+
+        Matrices may lie transposed, without gaps, and gate and ``fc1`` may take turns in one.
+        """
+        interleaved = expert.joined is not None and expert.joined.interleaved
+        places, start = list[_Place](), 0
         for field in dataclasses.fields(expert):
             tensor = getattr(expert, field.name)
-            if isinstance(tensor, Tensor):
-                nbytes = tensor.numel() * tensor.element_size()
-                places.append(_Place(field.name, start, nbytes, tuple(tensor.shape), tensor.dtype))
+            if not isinstance(tensor, Tensor):
+                continue
+            nbytes, first = tensor.numel() * tensor.element_size(), start
+            if interleaved and field.name == "fc1_weight":  # the gate's first element goes before
+                first, start = start + tensor.element_size(), aligned(start + 2 * nbytes)
+            elif interleaved and field.name == "gate_weight":
+                first = places[0].start - tensor.element_size()
+            else:
                 start = aligned(start + nbytes)
+            places.append(_Place(field.name, first, nbytes, tuple(tensor.shape), tensor.stride(), tensor.dtype))
         return cls(tuple(places), start)
 
     @property
@@ -62,8 +73,8 @@ class SlotLayout:
         """The expert in the ``nbytes`` bytes of ``memory`` (uint8)."""
         tensors: dict[str, Tensor | None] = {field.name: None for field in dataclasses.fields(ExpertWeights)}
         for place in self.places:
-            raw = memory[place.start : place.start + place.nbytes]
-            tensors[place.name] = raw.view(place.dtype).view(place.shape)
+            numbers = memory[place.start :].view(place.dtype)
+            tensors[place.name] = numbers.as_strided(place.shape, place.stride)
         return ExpertWeights(**tensors)  # type: ignore[arg-type]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, cycle
 
@@ -28,7 +28,7 @@ from fairseq_moe_opt.buffering import (
     measure_layers,
     slot_bytes_for,
 )
-from fairseq_moe_opt.checkpoints import ExpertFiles, ExpertRecords
+from fairseq_moe_opt.checkpoints import ExpertFiles, ExpertRecords, TensorRecord
 from fairseq_moe_opt.moe.cache_report import BufferReport, CacheCounters
 from fairseq_moe_opt.moe.experts import compute_dtype
 from fairseq_moe_opt.moe.host_waves import host_ffn
@@ -89,7 +89,7 @@ def build_buffer(
     small, naming the smallest possible, and CheckpointError when the trace of ``warm_start`` is of another model.
     """
     slot_dtypes = (expert_dtype or dtype, dtype)
-    pooled = [_pooled(layer, *slot_dtypes) for layer in layers]
+    pooled = [_pooled(layer, *slot_dtypes, device) for layer in layers]
     trace = None if options.warm_start is None else _trace_for(pooled, options.warm_start)
     policy = DEFAULT_POLICY if options.eviction == "auto" else options.eviction
     pool_kind = GLOBAL if options.expert_pool == "auto" else options.expert_pool
@@ -141,9 +141,9 @@ def _source(
         pinned=pinned,
     )
     if options.host_memory in (PAGE_CACHE, "0"):
-        wanted = {layer.name: _template(layer.experts[0], expert_dtype, dtype) for layer in layers}
+        wanted = {layer.name: _template(layer.experts[0], expert_dtype, dtype, device) for layer in layers}
         return _Source(files, files.scratch_bytes_for(wanted, on_cpu=not pinned), None)
-    wanted = {layer.name: _host_template(layer.experts[0], expert_dtype, dtype) for layer in layers}
+    wanted = {layer.name: _host_template(layer.experts[0], expert_dtype, dtype, device) for layer in layers}
     layouts = {name: SlotLayout.of(template) for name, template in wanted.items()}
     slot_bytes, experts = slot_bytes_for(layouts.values()), sum(len(layer.held) for layer in layers)
     slots = num_slots("host_memory", options.host_memory, experts * slot_bytes, slot_bytes, at_least=1, at_most=experts)
@@ -160,8 +160,8 @@ def _host_compute(pool: ExpertPool, source: _Source, options: MoEOptions, row_dt
     return HostCompute(source.tier, measure_layers(pool.layers.values(), source.tier, pool.arena, row_dtype, ffn))
 
 
-def _pooled(layer: ExpertLayer, expert_dtype: torch.dtype, dtype: torch.dtype) -> PooledLayer:
-    layout = SlotLayout.of(_template(layer.experts[0], expert_dtype, dtype))
+def _pooled(layer: ExpertLayer, expert_dtype: torch.dtype, dtype: torch.dtype, device: torch.device) -> PooledLayer:
+    layout = SlotLayout.of(_template(layer.experts[0], expert_dtype, dtype, device))
     return PooledLayer(layer.name, layer.phase, layer.held, layout, CacheCounters())
 
 
@@ -219,10 +219,12 @@ def slots_of(layers: Sequence[PooledLayer], memory: str, pool: str, trace: Trace
     return tuple(shares.values())
 
 
-def _template(records: ExpertRecords, expert_dtype: torch.dtype, dtype: torch.dtype) -> ExpertWeights:
+def _template(
+    records: ExpertRecords, expert_dtype: torch.dtype, dtype: torch.dtype, device: torch.device
+) -> ExpertWeights:
     """An expert as it is in a slot, without storage: of the shapes in ``records``, in a model of ``dtype``."""
     ffn_width, width = records["fc1_weight"].shape
-    return ExpertWeights.empty(
+    expert = ExpertWeights.empty(
         width,
         ffn_width,
         dtype=expert_dtype,
@@ -232,13 +234,47 @@ def _template(records: ExpertRecords, expert_dtype: torch.dtype, dtype: torch.dt
         gated="gate_weight" in records,
         gate_bias="gate_bias" in records,
     )
+    return expert if expert_dtype == torch.int8 else _lying_as_stored(expert, records, device)
 
 
-def _host_template(records: ExpertRecords, expert_dtype: torch.dtype, dtype: torch.dtype) -> ExpertWeights:
+def _lying_as_stored(expert: ExpertWeights, records: ExpertRecords, device: torch.device) -> ExpertWeights:
+    """``expert`` with those matrices transposed, and interleaved, that are so in the files, where a CPU computes.
+
+    Sums are then added up in the same order as those of a model with all experts in memory, where they lie so too.
+    """
+    first, gate, second = expert.fc1_weight, expert.gate_weight, expert.fc2_weight
+    if device.type != "cpu":
+        return expert
+    stored, other = records["fc1_weight"], records.get("gate_weight")
+    if _is_transposed(records["fc2_weight"], 1):
+        second = torch.empty_like(second.t(), memory_format=torch.contiguous_format).t()
+    if _is_transposed(stored, 1) and (gate is None or (other is not None and _is_transposed(other, 1))):
+        first = torch.empty_like(first.t(), memory_format=torch.contiguous_format).t()
+        gate = None if gate is None else torch.empty_like(first)
+    elif other is not None and _take_turns(other, stored):
+        both = first.new_empty(first.shape[1], 2 * first.shape[0]).t()
+        gate, first = both[::2], both[1::2]
+    return replace(expert, fc1_weight=first, gate_weight=gate, fc2_weight=second)
+
+
+def _take_turns(gate: TensorRecord, up: TensorRecord) -> bool:
+    """Whether two matrices are the even and the odd rows of one that lies transposed."""
+    alike = gate.path == up.path and gate.stride == up.stride
+    return alike and _is_transposed(up, 2) and up.offset - gate.offset == up.dtype.itemsize
+
+
+def _is_transposed(record: TensorRecord, apart: int) -> bool:
+    """Whether a matrix has the elements of a column beside each other, or so far ``apart``."""
+    return not record.is_contiguous and record.stride[0] == apart and record.stride[1] >= apart * record.shape[0]
+
+
+def _host_template(
+    records: ExpertRecords, expert_dtype: torch.dtype, dtype: torch.dtype, device: torch.device
+) -> ExpertWeights:
     """An expert as it is in main memory: as it is stored, or as in a slot where that is int8 or smaller."""
     fields: dict[str, Tensor | None] = {"fc1_bias": None, "fc2_bias": None}
     for name, record in records.items():
         fields[name] = torch.empty(record.shape, dtype=record.dtype, device="meta")
-    stored = ExpertWeights(**fields)  # type: ignore[arg-type]
-    slot = _template(records, expert_dtype, dtype)
+    stored = _lying_as_stored(ExpertWeights(**fields), records, device)  # type: ignore[arg-type]
+    slot = _template(records, expert_dtype, dtype, device)
     return slot if expert_dtype == torch.int8 or slot.nbytes < stored.nbytes else stored

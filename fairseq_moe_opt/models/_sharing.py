@@ -77,7 +77,10 @@ class AgreedKernel:
             return options
         asked = (options.kernel, device, dtype)
         if asked not in self._chosen:
-            self._chosen[asked] = follow_first(self._ranks, choose_kernel(*asked).name)
+            own = choose_kernel(*asked).name
+            agreed = follow_first(self._ranks, own)
+            # Where auto is the same here it stays auto, which can still take another kernel for another activation.
+            self._chosen[asked] = options.kernel if agreed == own else agreed
         return replace(options, kernel=self._chosen[asked])
 
 

@@ -69,12 +69,15 @@ class ClampedSwiglu:
         return gate * torch.sigmoid(gate * self.alpha) * (up + self.offset)
 
 
-_clamped = cache(ClampedSwiglu.parse)
+@cache
+def clamped_swiglu(name: str) -> ClampedSwiglu | None:
+    """The gate that kernels are told of as ``name``; None if it is no such gate."""
+    return ClampedSwiglu.parse(name)
 
 
 def check_activation(name: str) -> str:
     """Return ``name`` if this engine computes it, else raise OptionError with the names it does."""
-    if name not in _ACTIVATE and _clamped(name) is None:
+    if name not in _ACTIVATE and clamped_swiglu(name) is None:
         known = (*ACTIVATIONS, ClampedSwiglu(1.702, 7.0, 1.0).name)
         raise OptionError("activation", f"{name!r} is not one of {', '.join(known)}")
     return name
@@ -87,5 +90,5 @@ def activate(name: str, hidden: Tensor) -> Tensor:
 
 def apply_gate(name: str, gate: Tensor, up: Tensor) -> Tensor:
     """``act(gate) * up``, or what the gate ``name`` makes of the two."""
-    clamped = _clamped(name)
+    clamped = clamped_swiglu(name)
     return _ACTIVATE[name](gate) * up if clamped is None else clamped(gate, up)

@@ -29,7 +29,7 @@ from fairseq_moe_opt.moe.protocols import (
 )
 from fairseq_moe_opt.moe.report import LayerCounters, Watch
 from fairseq_moe_opt.moe.static_gating import static_moe
-from fairseq_moe_opt.moe.types import Dispatch, ExpertWave, PackedExperts, Routing, Segment
+from fairseq_moe_opt.moe.types import Dispatch, ExpertWave, ExpertWeights, PackedExperts, Routing, Segment
 
 
 @dataclass(frozen=True)
@@ -274,8 +274,14 @@ class MoELayer:
     def _kernel(self, rows: Tensor) -> ExpertKernel:
         key = (rows.device, self.store.dtype)
         if key not in self._kernels:
-            activation, apart = self.config.activation, _stack_of(self.store) is None
-            self._kernels[key] = choose_kernel(self.config.kernel, *key, activation=activation, apart=apart).name
+            stack = _stack_of(self.store)
+            self._kernels[key] = choose_kernel(
+                self.config.kernel,
+                *key,
+                activation=self.config.activation,
+                apart=stack is None,
+                example=_example(self.store) if stack is None else stack.expert(0),
+            ).name
         return get_kernel(self._kernels[key])
 
     def _count(self, tokens: Tensor, routing: Routing, plan: Dispatch, computed: int, kernel: str) -> None:
@@ -307,3 +313,10 @@ class MoELayer:
 def _stack_of(store: ExpertStore) -> PackedExperts | None:
     """All experts as one stack, from a store that keeps them so."""
     return None if store.transient else next((wave.packed for wave in store.waves(())), None)
+
+
+def _example(store: ExpertStore) -> ExpertWeights | None:
+    """An expert as all of a store's lie in memory; None where one would have to be read for that."""
+    if store.transient or not store.num_experts:
+        return None
+    return next((expert for wave in store.waves((0,)) for expert in wave.weights), None)

@@ -109,6 +109,19 @@ def test_int8_experts_are_quantised_as_they_are_read(saved: Saved, family: str) 
         from_pretrained(saved(family), expert_dtype="int8")
 
 
+@pytest.mark.parametrize("family", ["Mixtral", "GptOss"])
+@pytest.mark.parametrize("how", [{}, {"host_memory": "50%"}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_buffered_output_is_the_same_bit_for_bit(
+    saved: Saved, family: str, how: dict[str, Any], dtype: torch.dtype
+) -> None:
+    resident = from_pretrained(saved(family), dtype=dtype)
+    model = from_pretrained(saved(family), dtype=dtype, expert_memory="30%", **how)
+    assert torch.equal(logits_of(model), logits_of(resident))
+    kernels = {layer.kernels for layer in model.moe.report().layers}
+    assert kernels == {layer.kernels for layer in resident.moe.report().layers}
+
+
 def test_interleaved_halves_are_read_once(saved: Saved) -> None:
     """Gate and up of GPT-OSS take turns in the file: one read serves both."""
     model = from_pretrained(saved("GptOss"), expert_memory="100%")

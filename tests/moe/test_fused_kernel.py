@@ -18,9 +18,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fairseq_moe_opt.errors import KernelError
+from fairseq_moe_opt.moe import LayerConfig, LayerCounters, MoELayer, ResidentExperts, SoftmaxTopKRouter
+from fairseq_moe_opt.moe.activations import ClampedSwiglu
 from fairseq_moe_opt.moe.experts import expert_ffn
 from fairseq_moe_opt.moe.kernels import available_kernels, choose_kernel, extension, get_kernel, limits
 from fairseq_moe_opt.moe.quantization import quantize_into
+from fairseq_moe_opt.moe.stacked_experts import StackLayout, Stacks
 from fairseq_moe_opt.moe.types import ExpertWave, ExpertWeights, Segment
 
 CPU = torch.device("cpu")
@@ -36,11 +39,14 @@ DTYPES = (
     (torch.int8, torch.bfloat16),
 )
 
+CLAMPED = ClampedSwiglu(1.702, 1.5, 1.0).name
+
 
 @pytest.fixture
 def always_fused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiled code takes any number of rows."""
-    monkeypatch.setattr("fairseq_moe_opt.moe.kernels.fused.row_limit", lambda *_: limits.ALWAYS)
+    for name in ("row_limit", "transposed_limit"):
+        monkeypatch.setattr(f"fairseq_moe_opt.moe.kernels.fused.{name}", lambda *_: limits.ALWAYS)
 
 
 @pytest.fixture(params=range(len(LEVELS)), ids=LEVELS)
@@ -68,6 +74,16 @@ def make_expert(
     codes = ExpertWeights.empty(width, hidden, dtype=torch.int8, bias_dtype=rows, bias=bias, gated=gated)
     quantize_into(expert, codes)
     return codes
+
+
+def make_transposed(width: int, hidden: int, dtype: torch.dtype, *, interleaved: bool) -> ExpertWeights:
+    """The second of two random experts in transposed stacks, gated and with biases."""
+    layout = StackLayout(transposed=True, interleaved=interleaved)
+    first, second = torch.randn(2, width, 2 * hidden), torch.randn(2, hidden, width) * hidden**-0.5
+    stacks = Stacks((first * 2 * width**-0.5).to(dtype), second.to(dtype))
+    biases = torch.randn(2, 2 * hidden).to(dtype), torch.randn(2, width).to(dtype)
+    parts = layout.views(replace(stacks, first_bias=biases[0], second_bias=biases[1]))
+    return ExpertWeights(**{name: part[1] for name, part in parts.items()})
 
 
 def run(kernel: str, rows: Tensor, sizes: list[int], experts: list[ExpertWeights], activation: str) -> Tensor:
@@ -106,6 +122,48 @@ def test_each_instruction_set_agrees_with_naive(
             assert distance(fused, exact) <= 1.05 * distance(naive, exact)
         else:  # naive computes int8 experts in float32 and rounds once
             assert distance(fused, naive) < 4e-3
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_transposed_matrices_agree_with_naive(level: str, dtype: torch.dtype, interleaved: bool) -> None:
+    """Widths on both sides of a tile and of a slice of outputs, odd ones, and fewer than a vector has lanes."""
+    torch.manual_seed(0)
+    for width, hidden, num_rows in ((37, 101, 1), (200, 333, 2), (96, 64, 5), (3, 5, 9), (130, 40, 70)):
+        expert = make_transposed(width, hidden, dtype, interleaved=interleaved)
+        rows = torch.randn(num_rows, width).to(dtype)
+        for activation in ("silu", CLAMPED):
+            fused, naive = (run(name, rows, [num_rows], [expert], activation) for name in ("fused", "naive"))
+            if dtype == torch.float32:
+                assert distance(fused, naive) < 1e-5
+                continue
+            exact = expert_ffn(rows.double(), cast(expert, torch.float64), activation)
+            assert distance(fused, exact) <= 1.05 * distance(naive, exact) + 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_of_transposed_matrices_have_the_same_bits_in_whatever_company(level: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    experts = [make_transposed(75, 300, dtype, interleaved=True) for _ in range(2)]
+    rows = torch.randn(80, 75).to(dtype)
+    together = run("fused", rows, [70, 10], experts, CLAMPED)
+    alone = [run("fused", rows[i : i + 1], [1], experts[:1], CLAMPED) for i in range(70)]
+    assert torch.equal(torch.cat(alone), together[:70])
+    assert torch.equal(run("fused", rows[70:], [10], experts[1:], CLAMPED), together[70:])
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_clamped_swiglu_of_rows_along_k(level: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    """Numbers on both sides of the limit; what is not a number stays so."""
+    torch.manual_seed(0)
+    expert = make_expert(64, 50, *dtypes, gated=True)
+    rows = torch.randn(6, 64).to(dtypes[1])
+    fused, naive = (run(name, rows, [6], [expert], CLAMPED) for name in ("fused", "naive"))
+    assert distance(fused, naive) < (1e-5 if dtypes[1] == torch.float32 else 2e-2)
+    rows[2, 3] = float("nan")
+    broken = run("fused", rows, [6], [expert], CLAMPED)
+    assert torch.isnan(broken[2]).all()
+    assert torch.equal(broken[3:], fused[3:])
 
 
 @needs_extension
@@ -196,11 +254,29 @@ def test_large_numbers_in_bfloat16_rows_cost_int8_experts_nothing(level: str, ra
 
 
 @needs_extension
-def test_weights_with_strides_of_their_own_are_computed_too() -> None:
-    expert = make_expert(32, 64, torch.float32, torch.float32)
-    turned = replace(expert, fc1_weight=expert.fc1_weight.t().contiguous().t())
-    rows = torch.randn(2, 32)
-    torch.testing.assert_close(run("fused", rows, [2], [turned], "relu"), run("naive", rows, [2], [expert], "relu"))
+def test_what_it_cannot_compute_is_refused_by_name_and_left_alone_by_auto() -> None:
+    """Never computed by another kernel under this one's name."""
+    expert = make_expert(8, 16, torch.float32, torch.float32)
+    spread = torch.empty(16, 16)[:, ::2].copy_(expert.fc1_weight)
+    reasons = {
+        "not the activation 'gelu_tanh'; use kernel='loop'": ([expert], "gelu_tanh"),
+        "lie so in memory; use kernel='loop'": ([replace(expert, fc1_weight=spread)], "relu"),
+    }
+    for reason, (experts, activation) in reasons.items():
+        rows = torch.randn(1, 8)
+        with pytest.raises(KernelError, match=reason):
+            run("fused", rows, [1], experts, activation)
+        layers = {}
+        for kernel in ("auto", "fused", "naive"):
+            config = LayerConfig(kernel=kernel, activation=activation)
+            counters = LayerCounters("layer", "decoder", 1, False)
+            store, router = ResidentExperts(1, experts.__getitem__), SoftmaxTopKRouter(1, 1)
+            layers[kernel] = MoELayer(lambda x: x[:, :1], router, store, config, counters)
+        with torch.inference_mode():
+            with pytest.raises(KernelError, match=reason):
+                layers["fused"](rows)
+            torch.testing.assert_close(layers["auto"](rows).output, layers["naive"](rows).output)
+        assert layers["auto"].counters.snapshot().kernels == ("loop",)
 
 
 def test_the_compiled_code_knows_every_part_of_an_expert() -> None:
@@ -212,7 +288,8 @@ def test_the_compiled_code_knows_every_part_of_an_expert() -> None:
 @needs_extension
 def test_auto_takes_it_where_it_computes_the_experts() -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.int8):
-        assert choose_kernel("auto", CPU, dtype).name == "fused"
+        for activation in (None, "silu", CLAMPED):
+            assert choose_kernel("auto", CPU, dtype, activation=activation).name == "fused"
     assert choose_kernel("auto", CPU, torch.float64).name == "loop"
     assert choose_kernel("auto", CPU, torch.float32, activation="another").name == "grouped_mm"
     assert choose_kernel("auto", CPU, torch.float32, activation="another", apart=True).name == "loop"

@@ -9,12 +9,13 @@ from __future__ import annotations
 import torch
 
 from fairseq_moe_opt.errors import KernelError, OptionError
-from fairseq_moe_opt.moe.kernels.fused import FusedKernel
+from fairseq_moe_opt.moe.kernels.fused import NO_LAYOUT, FusedKernel, no_activation
 from fairseq_moe_opt.moe.kernels.grouped_mm import GroupedMMKernel
 from fairseq_moe_opt.moe.kernels.loop import LoopKernel
 from fairseq_moe_opt.moe.kernels.naive import NaiveKernel
 from fairseq_moe_opt.moe.kernels.triton_grouped import TritonKernel
 from fairseq_moe_opt.moe.protocols import ExpertKernel
+from fairseq_moe_opt.moe.types import ExpertWeights
 
 _REGISTRY: dict[str, ExpertKernel] = {}
 
@@ -49,28 +50,46 @@ def get_kernel(name: str) -> ExpertKernel:
 
 
 def choose_kernel(
-    name: str, device: torch.device, dtype: torch.dtype, *, activation: str | None = None, apart: bool = False
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    activation: str | None = None,
+    apart: bool = False,
+    example: ExpertWeights | None = None,
 ) -> ExpertKernel:
     """The kernel for experts with ``dtype`` matrices on ``device``; ``auto`` takes the fastest measured one there.
 
     Args:
         name: of a kernel, or ``auto``.
         device, dtype: of the experts' matrices.
-        activation: of the experts, which ``auto`` heeds; None when it is not known.
+        activation: of the experts; None when it is not known.
         apart: the experts are never packed in one tensor, which ``auto`` heeds.
+        example: one of the experts, as the others lie in memory; None when it is not known.
 
-    Raises KernelError when the named kernel cannot run there.
+    Raises KernelError when the named kernel cannot run there, or cannot compute such experts.
     """
     if name == AUTO:
-        name = _fastest(device, dtype, activation, apart)
+        name = _fastest(device, dtype, activation, apart, example)
     kernel = get_kernel(name)
     reason = kernel.refusal(device, dtype)
+    if reason is None and isinstance(kernel, FusedKernel):
+        reason = _unfit(activation, example)
     if reason is not None:
         raise KernelError(f"kernel {name!r} cannot run here: {reason}")
     return kernel
 
 
-def _fastest(device: torch.device, dtype: torch.dtype, activation: str | None, apart: bool) -> str:
+def _unfit(activation: str | None, example: ExpertWeights | None) -> str | None:
+    """Why the compiled kernel cannot compute such experts; None if it can, as far as is known."""
+    if activation is not None and not FusedKernel.computes(activation):
+        return no_activation(activation)
+    return None if example is None or FusedKernel.reads(example) else NO_LAYOUT
+
+
+def _fastest(
+    device: torch.device, dtype: torch.dtype, activation: str | None, apart: bool, example: ExpertWeights | None
+) -> str:
     """On CPU the compiled kernel where it is there; on CUDA grouped GEMMs save launches. Else threads over experts."""
     if device.type == "cuda" and not apart:
         if get_kernel("grouped_mm").refusal(device, dtype) is None:
@@ -78,7 +97,7 @@ def _fastest(device: torch.device, dtype: torch.dtype, activation: str | None, a
         known = activation is None or activation in TritonKernel.activations
         if known and _TRITON.refusal(device, dtype) is None and _TRITON.suits(device, dtype):
             return "triton"
-    known = activation is None or activation in FusedKernel.activations
+    known = _unfit(activation, example) is None
     if known and get_kernel("fused").refusal(device, dtype) is None:
         return "fused"
     # Few rows an expert, and an activation of many operations: done for all rows at once, they cost much less.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Mapping
-from ctypes import c_int64, c_void_p
+from ctypes import c_double, c_int64, c_void_p
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -39,6 +39,9 @@ class FusedCall(ctypes.Structure):
         ("activation", c_int64),
         ("level", c_int64),
         ("threads", c_int64),
+        ("alpha", c_double),
+        ("limit", c_double),
+        ("offset", c_double),
     )
 
 

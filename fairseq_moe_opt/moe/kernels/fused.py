@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from fairseq_moe_opt.errors import KernelError
+from fairseq_moe_opt.moe.activations import clamped_swiglu
 from fairseq_moe_opt.moe.kernels.extension import Extension, FusedCall, load
-from fairseq_moe_opt.moe.kernels.limits import ALWAYS, row_limit
+from fairseq_moe_opt.moe.kernels.limits import ALWAYS, row_limit, transposed_limit
 from fairseq_moe_opt.moe.kernels.loop import LoopKernel
 from fairseq_moe_opt.moe.kernels.workspace import ThreadWorkspace
 from fairseq_moe_opt.moe.types import ExpertWave, ExpertWeights, Segment
@@ -23,8 +24,19 @@ _DTYPES: Mapping[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch
 _ROWS = (torch.float32, torch.bfloat16)
 _ACTIVATIONS: Mapping[str, int] = {"relu": 0, "gelu": 1, "silu": 2}
 
-_NUMBERS = 14
+_CLAMPED_SWIGLU = 3
+
+_NUMBERS = 17
 """That describe an expert to the compiled code."""
+
+
+NO_LAYOUT = "fused does not read experts whose tensors lie so in memory; use kernel='loop'"
+
+
+def no_activation(activation: str) -> str:
+    """That the compiled code does not have it."""
+    known = f"{', '.join(_ACTIVATIONS)} and clamped SwiGLU"
+    return f"fused computes {known}, not the activation {activation!r}; use kernel='loop'"
 
 
 class FusedKernel:
@@ -53,6 +65,16 @@ class FusedKernel:
         extension = load()
         return f"{extension}; use kernel='loop'" if isinstance(extension, str) else None
 
+    @staticmethod
+    def computes(activation: str) -> bool:
+        """Whether it has that activation."""
+        return activation in _ACTIVATIONS or clamped_swiglu(activation) is not None
+
+    @staticmethod
+    def reads(expert: ExpertWeights) -> bool:
+        """Whether it reads an expert whose tensors lie so in memory."""
+        return _addresses(expert, expert.fc1_weight.dtype, []) is not None
+
     def run(self, rows: Tensor, segments: Sequence[Segment], wave: ExpertWave, activation: str, out: Tensor) -> None:
         """Write every segment's result into its slice of ``out``."""
         if rows.dtype == torch.float16 and out.dtype == torch.float16 and wave.weights[0].is_quantized:
@@ -64,18 +86,20 @@ class FusedKernel:
             return
         extension = self._loaded()
         weights = dict(zip(wave.experts, wave.weights, strict=True))
-        suits = rows.dtype in _ROWS and activation in _ACTIVATIONS and rows.is_contiguous() and out.is_contiguous()
+        if not self.computes(activation):
+            raise KernelError(f"kernel 'fused' cannot run: {no_activation(activation)}")
+        suits = rows.dtype in _ROWS and rows.is_contiguous() and out.is_contiguous()
         numbers, converted, left = array("q"), list[Tensor](), list[Segment]()
         for segment in segments:
             expert, num_rows = weights[segment.expert], segment.stop - segment.start
-            addresses = None
-            if suits and num_rows <= self._most_rows(expert, rows.dtype, extension.level):
-                addresses = _addresses(expert, rows.dtype, converted)
-            if addresses is None:
+            if not suits or num_rows > self._most_rows(expert, rows.dtype, extension.level):
                 left.append(segment)
                 continue
+            addresses = _addresses(expert, rows.dtype, converted)
+            if addresses is None:
+                raise KernelError(f"kernel 'fused' cannot run: {NO_LAYOUT}")
             numbers.extend(addresses)
-            numbers.extend((int(rows.dtype == torch.bfloat16), segment.start, num_rows, 0, 0))
+            numbers.extend((int(rows.dtype == torch.bfloat16), segment.start, num_rows))
         if left:
             self._loop.run(rows, left, wave, activation, out)
         if numbers:
@@ -94,12 +118,17 @@ class FusedKernel:
         if weight.dtype != (torch.int8 if expert.is_quantized else rows):
             return 0
         ffn_width, model_width = weight.shape
-        return ALWAYS if self._always else row_limit(weight.dtype, rows, model_width, ffn_width, level)
+        if self._always:
+            return ALWAYS
+        if not weight.is_contiguous():
+            return transposed_limit(weight.dtype, level)
+        return row_limit(weight.dtype, rows, model_width, ffn_width, level)
 
     def _fused(
         self, extension: Extension, rows: Tensor, numbers: array[int], first: Tensor, activation: str, out: Tensor
     ) -> None:
         """Compute the experts that ``numbers`` describes; ``first`` is any one's ``fc1_weight``."""
+        clamped = clamped_swiglu(activation)
         call = FusedCall(
             rows.data_ptr(),
             out.data_ptr(),
@@ -109,9 +138,10 @@ class FusedKernel:
             first.shape[0],
             _DTYPES[rows.dtype],
             _DTYPES[first.dtype],
-            _ACTIVATIONS[activation],
+            _ACTIVATIONS[activation] if clamped is None else _CLAMPED_SWIGLU,
             extension.level,
             torch.get_num_threads(),
+            *(() if clamped is None else (clamped.alpha, clamped.limit, clamped.offset)),
         )
         scratch = self._workspace.take("fused", 1, extension.scratch_bytes(call), torch.uint8)
         extension.run(call, scratch.data_ptr())
@@ -122,29 +152,56 @@ def _addresses(expert: ExpertWeights, rows: torch.dtype, converted: list[Tensor]
 
     Asked anew in each call, as tensors may move between two. ``converted`` keeps biases in the rows' dtype alive.
     """
-    found = []
-    for tensor in (
-        expert.fc1_weight,
-        expert.gate_weight,
-        expert.fc2_weight,
-        expert.fc1_scale,
-        expert.gate_scale,
-        expert.fc2_scale,
-    ):
-        if tensor is None:
-            found.append(0)
-        elif tensor.is_contiguous():
-            found.append(tensor.data_ptr())
-        else:
-            return None
+    matrices = _matrices(expert)
+    if matrices is None:
+        return None
+    pointers, steps = matrices
+    for scale in (expert.fc1_scale, expert.gate_scale, expert.fc2_scale):
+        pointers.append(0 if scale is None else scale.data_ptr())
     for bias in (expert.fc1_bias, expert.gate_bias, expert.fc2_bias):
         if bias is None:
-            found.append(0)
-            continue
-        if bias.dtype != rows:
-            bias = bias.to(rows)
-            converted.append(bias)
-        elif not bias.is_contiguous():
-            return None
-        found.append(bias.data_ptr())
-    return found
+            pointers.append(0)
+            bias_step = 1
+        else:
+            if bias.dtype != rows:
+                bias = bias.to(rows)
+                converted.append(bias)
+            pointers.append(bias.data_ptr())
+            bias_step = bias.stride(0)
+        steps.append(bias_step)
+    if steps.pop() != 1:
+        return None
+    return pointers + steps
+
+
+def _matrices(expert: ExpertWeights) -> tuple[list[int], list[int]] | None:
+    """Addresses of ``fc1``, the gate and ``fc2``; and of how they are transposed, three numbers.
+
+    These are the elements from one input to the next of the first matrices and of the second, 0 where nothing is
+    transposed; and whether gate and ``fc1`` take turns in one matrix.
+    """
+    first, gate, second = expert.fc1_weight, expert.gate_weight, expert.fc2_weight
+    interleaved, gate_reads_alike = False, True
+    step = _step(first)
+    if gate is not None:
+        if step is None and expert.joined is not None and expert.joined.interleaved:
+            step, interleaved = _transposed_step(expert.joined.matrix), True
+        else:
+            gate_reads_alike = _step(gate) == step
+    second_step = _step(second)
+    if step is None or second_step is None or not gate_reads_alike:
+        return None
+    if expert.is_quantized and (step or second_step):
+        return None
+    pointers = [first.data_ptr(), 0 if gate is None else gate.data_ptr(), second.data_ptr()]
+    return pointers, [step, second_step, int(interleaved)]
+
+
+def _step(matrix: Tensor) -> int | None:
+    """0 for rows one after the other; of a transposed matrix, from one column to the next; None for anything else."""
+    return 0 if matrix.is_contiguous() else _transposed_step(matrix)
+
+
+def _transposed_step(matrix: Tensor) -> int | None:
+    step = matrix.stride(1)
+    return step if matrix.stride(0) == 1 and step >= matrix.shape[0] else None

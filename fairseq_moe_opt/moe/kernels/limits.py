@@ -30,6 +30,19 @@ _SHIPPED: Mapping[tuple[str, str], Mapping[str, int]] = {
 """By dtype of the weights and of the rows: the least instruction set, and its limit."""
 
 
+_TRANSPOSED: Mapping[torch.dtype, Mapping[str, int]] = {
+    torch.float32: {"avx512": ALWAYS, "avx2": 4, "generic": 2},
+    torch.bfloat16: {"avx512_bf16": 512, "avx512": 4, "avx2": 4, "generic": 2},
+}
+"""The same for matrices that lie transposed, of the rows' dtype; these are not measured again on other machines."""
+
+
+def transposed_limit(weights: torch.dtype, level: int) -> int:
+    """The most rows of one expert with transposed matrices that the compiled kernel takes; 0 for dtypes without any."""
+    by_level = _TRANSPOSED.get(weights, {})
+    return next((limit for name, limit in by_level.items() if LEVELS.index(name) <= level), 0)
+
+
 @cache
 def row_limit(weights: torch.dtype, rows: torch.dtype, model_width: int, ffn_width: int, level: int) -> int:
     """The most rows of one expert that the compiled kernel takes at place ``level`` of ``LEVELS``.

@@ -37,20 +37,27 @@ constexpr int64_t LINE = 64;       // bytes of a cache's line
 // out. 4 to 32 KiB ahead measured alike; items of 256 KiB were up to a tenth faster than ones of 64 KiB.
 constexpr int64_t AHEAD_BYTES = 8 << 10, ITEM_BYTES = 256 << 10;
 
+// Of transposed matrices: outputs that are computed together, and elements of K before the next block of them.
+constexpr int64_t COLUMNS = 192, DEPTH_OF_BLOCK = 32;
+
 // Of one row of weights that meets many rows before the next part does. A fourth of it, which would let all stay in the
 // first-level cache, measured up to a tenth slower: sums are put away and taken up more often.
 constexpr int64_t BLOCK_BYTES = 8 << 10;
 
 enum Phase { ROWS, FIRST, HIDDEN, SECOND, PHASES };  // convert rows; fc1 and the gate; convert the hidden layer; fc2
-enum Activation { RELU = 0, GELU = 1, SILU = 2 };
+enum Activation { RELU = 0, GELU = 1, SILU = 2, CLAMPED_SWIGLU = 3 };
 enum DType { F32 = 0, BF16 = 1, I8 = 2 };
 enum Level { GENERIC = 0, AVX2 = 1, AVX512 = 2, AVX512_VNNI = 3, AVX512_BF16 = 4 };
 
-struct Expert {  // as the caller lays it out: 14 numbers of 8 bytes
+struct Expert {  // as the caller lays it out: 17 numbers of 8 bytes
     const void *fc1, *gate, *fc2;
     const float *fc1_scale, *gate_scale, *fc2_scale;
     const void *fc1_bias, *gate_bias, *fc2_bias;
-    int64_t bias_is_bf16, start, rows, reserved0, reserved1;
+    // Of matrices that lie transposed, the outputs' weights side by side: elements from one k to the next. 0: rows along k.
+    int64_t first_step, second_step;
+    int64_t interleaved;                   // gate and fc1 take turns in one transposed matrix, which `gate` is then
+    int64_t fc1_bias_step, gate_bias_step; // elements from one output's to the next
+    int64_t bias_is_bf16, start, rows;
 };
 
 inline float from_bf16(uint16_t bits) {
@@ -103,6 +110,7 @@ struct Job {
     std::vector<Item> items;
     int64_t model_width, ffn_width;
     int rows_dtype, weights_dtype, activation;
+    float alpha, limit, offset;  // of CLAMPED_SWIGLU
     const char* rows;
     char* out;
     int threads;
@@ -114,8 +122,17 @@ struct Job {
 using PanelFn = void (*)(const void* x, int64_t ldx, int64_t rows, const void* weights, int64_t n0, int64_t n1,
                          int64_t K, const char* next, void* sums);
 
+struct Pieces {  // of a transposed matrix: `step` bytes from one k to the next, for `depth` of them
+    const char* at;
+    int64_t step, depth;
+};
+
+using ColumnsFn = void (*)(const void* x, int64_t ldx, int64_t rows, const void* weights, int64_t step, int64_t width,
+                           int64_t K, const Pieces* next, float* sums);
+
 struct Routines {
     PanelFn floats_f32, floats_bf16, floats_i8, bf16_bf16, digits_i8;
+    ColumnsFn columns_f32, columns_bf16, columns_bf16_bf16;
     void (*finish)(const Job&, const Work&, bool first, int64_t row, int64_t rows, int64_t n0, int64_t n1,
                    const void* sums, const void* gate_sums);
     void (*digits)(const void* x, int dtype, int64_t width, int64_t rows, int64_t from_row, bool all_three, int8_t* into,
@@ -131,8 +148,9 @@ namespace generic {
 typedef float Vec __attribute__((vector_size(32)));
 struct Floats {
     using X = float; using W = float; using XV = Vec; using Acc = Vec; using Sum = float;
-    static constexpr int STEP = 8, MAX_R = 3, N = 4;
+    static constexpr int STEP = 8, MAX_R = 3, N = 4, COLUMN_VECTORS = 2, COLUMN_ROWS = 3;
     static inline Acc zero() { return Vec{}; }
+    static inline XV spread(float value) { return value - Vec{}; }
     static inline XV load_x(const float* p) { Vec v; std::memcpy(&v, p, 32); return v; }
     static inline XV load_w(const float* p) { return load_x(p); }
     static inline XV load_x_part(const float* p, int64_t n) { Vec v{}; std::memcpy(&v, p, size_t(n) * 4); return v; }
@@ -146,6 +164,7 @@ struct Floats {
     }
 };
 #include "tiles.inc"
+#include "columns.inc"
 #include "epilogue.inc"
 }  // namespace generic
 #undef MORE_ROUTINES
@@ -158,8 +177,9 @@ struct Floats {
 namespace avx2 {
 struct Floats {
     using X = float; using W = float; using XV = __m256; using Acc = __m256; using Sum = float;
-    static constexpr int STEP = 8, MAX_R = 3, N = 4;
+    static constexpr int STEP = 8, MAX_R = 3, N = 4, COLUMN_VECTORS = 3, COLUMN_ROWS = 4;
     TARGET static inline Acc zero() { return _mm256_setzero_ps(); }
+    TARGET static inline XV spread(float value) { return _mm256_set1_ps(value); }
     TARGET static inline XV load_x(const float* p) { return _mm256_loadu_ps(p); }
     TARGET static inline XV load_w(const float* p) { return _mm256_loadu_ps(p); }
     TARGET static inline XV load_x_part(const float* p, int64_t n) {
@@ -178,6 +198,7 @@ struct Floats {
     }
 };
 #include "tiles.inc"
+#include "columns.inc"
 #include "epilogue.inc"
 }  // namespace avx2
 #undef MORE_ROUTINES
@@ -190,6 +211,7 @@ struct Floats {
 namespace avx512 {
 #include "avx512.inc"
 #include "tiles.inc"
+#include "columns.inc"
 #include "epilogue.inc"
 }  // namespace avx512
 #undef MORE_ROUTINES
@@ -202,6 +224,7 @@ namespace avx512_vnni {
 #include "avx512.inc"
 #include "avx512_vnni.inc"
 #include "tiles.inc"
+#include "columns.inc"
 #include "epilogue.inc"
 }  // namespace avx512_vnni
 #undef MORE_ROUTINES
@@ -210,12 +233,14 @@ namespace avx512_vnni {
 #define TARGET __attribute__((target(AVX512_TARGET ",avx512vnni,avx512bf16")))
 #define MORE_ROUTINES                              \
     r.digits_i8 = any_panel<Digits, AsIs<Digits>>; \
-    r.bf16_bf16 = any_panel<Bf16Pairs, AsIs<Bf16Pairs>>;
+    r.bf16_bf16 = any_panel<Bf16Pairs, AsIs<Bf16Pairs>>; \
+    r.columns_bf16_bf16 = columns<Bf16Columns>;
 namespace avx512_bf16 {
 #include "avx512.inc"
 #include "avx512_vnni.inc"
 #include "avx512_bf16.inc"
 #include "tiles.inc"
+#include "columns.inc"
 #include "epilogue.inc"
 }  // namespace avx512_bf16
 #undef MORE_ROUTINES
@@ -299,10 +324,12 @@ void lay_out(const Job& job, Work& work, Arena& arena) {
 inline int64_t weight_size(const Job& job) { return job.weights_dtype == F32 ? 4 : job.weights_dtype == BF16 ? 2 : 1; }
 
 // Outputs of one item: so many that its weights take a while to read, yet all threads have some.
-int64_t outputs_of_item(const Job& job, bool first, int64_t matrices) {
+int64_t outputs_of_item(const Job& job, bool first, int64_t matrices, bool transposed) {
     const int64_t K = first ? job.model_width : job.ffn_width, width = first ? job.ffn_width : job.model_width;
     const int64_t panels = (width + PANEL_STRIDE - 1) / PANEL_STRIDE;
-    const int64_t wanted = ITEM_BYTES / (PANEL_STRIDE * K * weight_size(job) * matrices);
+    const int64_t enough = ITEM_BYTES / (PANEL_STRIDE * K * weight_size(job) * matrices);
+    const int64_t least = transposed ? COLUMNS / (PANEL_STRIDE * matrices) : 1;
+    const int64_t wanted = enough > least ? enough : least;
     const int64_t shared = panels * int64_t(job.works.size()) / (8 * job.threads);
     const int64_t some = wanted < shared ? wanted : shared;
     return (some > 1 ? some : 1) * PANEL_STRIDE;
@@ -314,8 +341,11 @@ void list_phase(Job& job, int64_t index, int32_t phase) {
     const bool digits = work.mode == DIGIT_PRODUCTS, rows = phase == ROWS || phase == HIDDEN;
     const int64_t before = int64_t(job.items.size());
     const int64_t width = rows ? work.expert.rows : phase == FIRST ? job.ffn_width : job.model_width;
-    const int64_t step = !rows ? outputs_of_item(job, phase == FIRST, phase == FIRST && work.expert.gate ? 2 : 1)
-                         : digits ? DIGIT_ROWS : CHUNK;
+    const bool transposed = phase == FIRST ? work.expert.first_step : work.expert.second_step;
+    const int64_t matrices = phase == FIRST && work.expert.gate ? 2 : 1;
+    const int64_t step = !rows    ? outputs_of_item(job, phase == FIRST, matrices, transposed)
+                         : digits ? DIGIT_ROWS
+                                  : CHUNK;
     if (phase != HIDDEN || digits)
         for (int64_t from = 0; from < width; from += step)
             job.items.push_back({int32_t(index), phase, from, from + step < width ? from + step : width});
@@ -362,10 +392,62 @@ PanelFn panel_of(const Job& job, Mode mode) {
     return job.weights_dtype == I8 ? r.floats_i8 : job.weights_dtype == BF16 ? r.floats_bf16 : r.floats_f32;
 }
 
-const char* weights_at(const Job& job, const Item& item, int64_t n) {
+ColumnsFn columns_of(const Job& job, Mode mode) {
+    const Routines& r = *job.routines;
+    if (mode == BF16_PRODUCTS) return r.columns_bf16_bf16;
+    return job.weights_dtype == BF16 ? r.columns_bf16 : r.columns_f32;
+}
+
+// The weights of an item's outputs from n on: as they lie, the first pieces of them.
+Pieces weights_at(const Job& job, const Item& item, int64_t n) {
     const Expert& e = job.works[size_t(item.work)].expert;
-    const bool first = item.phase == FIRST;
-    return static_cast<const char*>(first ? e.fc1 : e.fc2) + n * (first ? job.model_width : job.ffn_width) * weight_size(job);
+    const bool first = item.phase == FIRST, both = first && e.interleaved;
+    const int64_t K = first ? job.model_width : job.ffn_width, step = first ? e.first_step : e.second_step;
+    const int64_t apart = step ? (both ? 2 : 1) : K;  // from one output to the next
+    const char* base = static_cast<const char*>(both ? e.gate : first ? e.fc1 : e.fc2);
+    return {base + n * apart * weight_size(job), (step ? step : K) * weight_size(job), step ? K : 1};
+}
+
+inline bool reads_weights(const Item* item) { return item && (item->phase == FIRST || item->phase == SECOND); }
+
+// As multiply() below, where the matrices lie transposed.
+void multiply_columns(const Job& job, const Item& item, const Item* then) {
+    alignas(64) float sums[CHUNK * COLUMNS], gate_sums[CHUNK * COLUMNS];
+    alignas(64) float values[CHUNK * PANEL_STRIDE], gates[CHUNK * PANEL_STRIDE];
+    const Work& work = job.works[size_t(item.work)];
+    const Expert& e = work.expert;
+    const bool first = item.phase == FIRST, both = first && e.interleaved, apart = first && e.gate && !both;
+    const ColumnsFn columns = columns_of(job, work.mode);
+    const int64_t K = first ? job.model_width : job.ffn_width, step = first ? e.first_step : e.second_step;
+    const int64_t ld = first ? work.ldx : work.ldh, x_size = work.mode == BF16_PRODUCTS ? 2 : 4;
+    const char* x = static_cast<const char*>(first ? work.x : work.hidden);
+    const int64_t halves = both ? 2 : 1, outputs = COLUMNS / halves;
+    for (int64_t n0 = item.from; n0 < item.to; n0 += outputs) {
+        const int64_t n1 = n0 + outputs < item.to ? n0 + outputs : item.to;
+        const Pieces here = weights_at(job, item, n0);
+        const Pieces gate{static_cast<const char*>(e.gate) + n0 * weight_size(job), here.step, K};
+        Pieces after{};
+        if (n1 < item.to) after = weights_at(job, item, n1);
+        else if (reads_weights(then)) after = weights_at(job, *then, then->from);
+        for (int64_t m = 0; m < e.rows; m += CHUNK) {
+            const int64_t rows = e.rows - m < CHUNK ? e.rows - m : CHUNK;
+            const char* row = x + m * ld * x_size;
+            columns(row, ld, rows, here.at, step, (n1 - n0) * halves, K, m ? nullptr : apart ? &gate : &after, sums);
+            if (apart) columns(row, ld, rows, gate.at, step, n1 - n0, K, m ? nullptr : &after, gate_sums);
+            for (int64_t n = n0; n < n1; n += PANEL_STRIDE) {
+                const int64_t end = n + PANEL_STRIDE < n1 ? n + PANEL_STRIDE : n1;
+                for (int64_t r = 0; r < rows; ++r) {
+                    const float* own = sums + r * COLUMNS + (n - n0) * halves;
+                    const float* others = both ? own : gate_sums + r * COLUMNS + (n - n0);
+                    float *value = values + r * PANEL_STRIDE, *gate_value = gates + r * PANEL_STRIDE;
+                    for (int64_t i = 0; i < end - n; ++i) value[i] = own[both ? 2 * i + 1 : i];
+                    if (both || apart)
+                        for (int64_t i = 0; i < end - n; ++i) gate_value[i] = others[i * halves];
+                }
+                job.routines->finish(job, work, first, m, rows, n, end, values, both || apart ? gates : nullptr);
+            }
+        }
+    }
 }
 
 // fc1 and the gate, or fc2, of the item's outputs and all rows of its expert. `then` is what this thread does after it.
@@ -374,6 +456,7 @@ void multiply(const Job& job, const Item& item, const Item* then) {
     const Work& work = job.works[size_t(item.work)];
     const Expert& e = work.expert;
     const bool first = item.phase == FIRST, digits = work.mode == DIGIT_PRODUCTS;
+    if (first ? e.first_step : e.second_step) return multiply_columns(job, item, then);
     const PanelFn panel = panel_of(job, work.mode);
     const int64_t K = first ? job.model_width : job.ffn_width;
     const void* x = first ? work.x : digits ? work.hidden_made : work.hidden;
@@ -383,9 +466,8 @@ void multiply(const Job& job, const Item& item, const Item* then) {
     const void* gate = first ? e.gate : nullptr;
     for (int64_t n0 = item.from; n0 < item.to; n0 += PANEL_STRIDE) {
         const int64_t n1 = n0 + PANEL_STRIDE < item.to ? n0 + PANEL_STRIDE : item.to;
-        const bool read = then && (then->phase == FIRST || then->phase == SECOND);
-        const char* after = weights_at(job, item, n1 < item.to ? n1 : item.from);
-        if (n1 == item.to && read) after = weights_at(job, *then, then->from);
+        const char* after = weights_at(job, item, n1 < item.to ? n1 : item.from).at;
+        if (n1 == item.to && reads_weights(then)) after = weights_at(job, *then, then->from).at;
         const char* gate_after = after;
         if (gate) after = static_cast<const char*>(gate) + n0 * K * weight_size(job);
         for (int64_t m = 0; m < e.rows; m += chunk) {
@@ -486,6 +568,7 @@ struct MoeFusedCall {
     const void* experts;  // num_experts of struct Expert
     int64_t num_experts, model_width, ffn_width;
     int64_t rows_dtype, weights_dtype, activation, level, threads;
+    double alpha, limit, offset;  // of CLAMPED_SWIGLU
 };
 
 // Compute a call with `scratch`, of as many bytes as the same call with a null scratch returns. Below 0: out of memory.
@@ -497,6 +580,9 @@ EXPORT int64_t moe_fused_run(const MoeFusedCall* call, void* scratch) {
         job.rows_dtype = int(call->rows_dtype);
         job.weights_dtype = int(call->weights_dtype);
         job.activation = int(call->activation);
+        job.alpha = float(call->alpha);
+        job.limit = float(call->limit);
+        job.offset = float(call->offset);
         job.rows = static_cast<const char*>(call->rows);
         job.out = static_cast<char*>(call->out);
         const int best = best_level();
