@@ -72,8 +72,10 @@ def measure(
                 for turn in range(len(workers)):
                     index = (turn + step) % len(workers)
                     progress(f"{sides[index].dtype}, batch {case.batch}, round {step + 1}: {sides[index].name}")
-                    plain[index].append(workers[index].ask("round"))
-                    found[index].append(workers[index].ask("components"))
+                    workers[index].ask("round")  # whatever another side left in the caches is gone after it
+                    # In turn the first of the two, so that neither is always the one that runs sooner after that.
+                    for kind in ("round", "components") if step % 2 == 0 else ("components", "round"):
+                        (plain if kind == "round" else found)[index].append(workers[index].ask(kind))
             for index, worker in enumerate(workers):
                 equal = tokens[index] == tokens[0]
                 rows += _rows(worker.side, case, found[index], plain[index], equal=equal)

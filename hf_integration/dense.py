@@ -2,7 +2,8 @@
 
 Modules, their parameters, names and hooks stay; only forwards are replaced. A module whose forward someone else has
 replaced already, as accelerate does, is left alone, and so is anything that is not exactly ``nn.Linear``: an adapter,
-a quantised or a parametrised layer. See :mod:`fairseq_moe_opt.moe.dense` for what computes them.
+a quantised or a parametrised layer; and a linear layer of a dtype for which there is nothing faster. See
+:mod:`fairseq_moe_opt.moe.dense` for what computes them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeDenseActDense
 from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersDenseActDense
 
-from fairseq_moe_opt.moe.dense import feed_forward, linear
+from fairseq_moe_opt.moe.dense import feed_forward, gains, linear
 from fairseq_moe_opt.moe.dense_report import DenseCounters
 from fairseq_moe_opt.moe.types import ExpertWeights
 from fairseq_moe_opt.options import MoEOptions
@@ -41,8 +42,9 @@ def install_dense(model: nn.Module, options: MoEOptions, patches: Patches) -> De
         if "forward" in vars(module):
             continue
         if type(module) is nn.Linear:
-            patches.replace_forward(module, LinearForward(module, counters))
-            counters.linears += 1
+            if gains(module.weight.dtype, compiled=compiled):
+                patches.replace_forward(module, LinearForward(module, counters, compiled))
+                counters.linears += 1
         elif type(module) in _FEED_FORWARDS and isinstance(getattr(module, "act", None), nn.ReLU):
             patches.replace_forward(module, FeedForward(module, _FEED_FORWARDS[type(module)], counters, compiled))
             counters.feed_forwards += 1
@@ -58,13 +60,13 @@ def _dense_modules(model: nn.Module) -> Iterator[nn.Module]:
 class LinearForward:
     """``nn.Linear.forward``."""
 
-    def __init__(self, module: nn.Linear, counters: DenseCounters) -> None:
-        self._module, self._counters = module, counters
+    def __init__(self, module: nn.Linear, counters: DenseCounters, compiled: bool) -> None:
+        self._module, self._counters, self._compiled = module, counters, compiled
         self.__wrapped__ = type(module).forward.__get__(module)
 
     def __call__(self, input: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
-        output, backend = linear(input, self._module.weight, self._module.bias)
+        output, backend = linear(input, self._module.weight, self._module.bias, compiled=self._compiled)
         self._counters.add(backend)
         return output
 
@@ -81,7 +83,7 @@ class FeedForward:
         """(..., D) to (..., D)."""
         weights = None if self._module.training else self._weights()
         found = None if weights is None else feed_forward(hidden_states, weights, "relu", compiled=self._compiled)
-        if found is None:  # its two linear layers count themselves
+        if found is None:  # its two linear layers count themselves, if they are not torch's anyway
             return self.__wrapped__(hidden_states)
         self._counters.add(found[1])
         return found[0]
@@ -98,4 +100,4 @@ def _is_plain(module: Any) -> bool:
     """Whether calling ``module`` does what its weights say and nothing else."""
     if type(module) is not nn.Linear or module._forward_hooks or module._forward_pre_hooks:
         return False
-    return isinstance(vars(module).get("forward"), LinearForward)
+    return isinstance(vars(module).get("forward"), LinearForward | None)

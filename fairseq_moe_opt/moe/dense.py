@@ -3,9 +3,10 @@
 Between two sparse layers there are several that are dense, and the projections of attention. They are memory's and
 GEMMs' work as experts are, so the same means help:
 
-* a feed-forward network for few rows is one expert of one, and the compiled kernel computes it (``fused``);
-* float32 GEMMs go through oneDNN, which torch has but does not use for them (``onednn``): of the same matrices, with
-  no copy of them. In bfloat16, torch uses it itself.
+* a feed-forward network for few rows is one expert of one, and the compiled kernel computes it (``fused``), as it does
+  a linear layer for few rows;
+* other float32 GEMMs go through oneDNN, which torch has but does not use for them (``onednn``): of the same matrices,
+  with no copy of them. In bfloat16, torch uses it itself.
 
 Where neither is known to be faster, torch computes what it always does (``torch``). Results are the same to rounding.
 How fast each is, and up to how many rows, was measured where ``docs/benchmarks.md`` says.
@@ -16,6 +17,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping
 from functools import cache
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -55,10 +57,27 @@ def onednn_refusal() -> str | None:
     return None if torch.equal(result, torch.full((2, 4), 4.0)) else "this torch's operator does something else"
 
 
-def linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, str]:
-    """(..., in) ``rows`` times (out, in) ``weight``, plus ``bias``; and what computed it."""
-    if rows.dtype == torch.float32 and _plain(rows, weight, bias) and onednn_refusal() is None:
-        return _onednn(rows.contiguous(), weight, bias, "none"), ONEDNN
+def gains(dtype: torch.dtype, *, compiled: bool) -> bool:
+    """Whether a linear layer of this dtype, for some number of rows, is anyone's but torch's here.
+
+    ``compiled``: whether the compiled kernel may.
+    """
+    by_kernel = compiled and dtype in _FUSED_ROWS and not isinstance(load(), str)
+    return by_kernel or (dtype == torch.float32 and onednn_refusal() is None)
+
+
+def linear(rows: Tensor, weight: Tensor, bias: Tensor | None, *, compiled: bool) -> tuple[Tensor, str]:
+    """(..., in) ``rows`` times (out, in) ``weight``, plus ``bias``; and what computed it.
+
+    ``compiled``: whether the compiled kernel may.
+    """
+    if rows.dtype in _FUSED_ROWS and _plain(rows, weight, bias):
+        if compiled and rows.numel() <= _fused_rows(weight, "relu") * rows.shape[-1]:
+            flat = rows.reshape(-1, rows.shape[-1]).contiguous()
+            out = cast(FusedKernel, get_kernel(FUSED)).linear(flat, weight, bias)
+            return out.view(*rows.shape[:-1], len(weight)), FUSED
+        if rows.dtype == torch.float32 and onednn_refusal() is None:
+            return _onednn(rows.contiguous(), weight, bias, "none"), ONEDNN
     return functional.linear(rows, weight, bias), TORCH
 
 

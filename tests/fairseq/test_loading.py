@@ -72,6 +72,11 @@ def test_a_preset_among_the_overrides_gives_way_to_them(tmp_path: Path) -> None:
     preset.write_text("gatting: static\n", encoding="utf-8")
     with pytest.raises(OptionError, match=r"'moe_preset'.*mine\.yaml.*'gatting'"):
         load(MODEL / "checkpoint_last.pt", DATA, moe_preset=str(preset))
+    preset.write_text("dense: torch\n", encoding="utf-8")
+    with pytest.raises(
+        OptionError, match=r"'moe_preset'.*mine\.yaml.*'dense', which has no effect on fairseq's models"
+    ):
+        load(MODEL / "checkpoint_last.pt", DATA, moe_preset=str(preset))
 
 
 def test_options_of_the_training_run_are_forgotten(files: Path, tmp_path: Path) -> None:

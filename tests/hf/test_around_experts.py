@@ -57,10 +57,54 @@ def test_the_report_says_what_computed_the_dense_layers() -> None:
     report = model.moe.report().dense
     # 4 projections of 2 + 2 x 2 attentions, 2 layers of 2 dense networks, and lm_head; the networks run as one.
     assert (report.linears, report.feed_forwards) == (4 * 6 + 4 + 1, 2)
-    assert report.calls == {"onednn": 25, "fused": 2}
+    assert report.calls == {"fused": 25 + 2}
     assert model.moe.report().to_dict()["dense"]["calls"] == report.calls
     model.moe.reset()
     assert calls(model) == {}
+
+
+@needs_onednn
+@needs_fused
+def test_many_rows_are_counted_as_onednns() -> None:
+    model = tiny_model()
+    optimize(model)
+    with torch.no_grad():
+        model.lm_head(torch.ones(65, model.config.d_model))
+        model.model.decoder.layers[0].ffn(torch.ones(65, model.config.d_model))
+    assert calls(model) == {"onednn": 2}
+
+
+def test_linears_for_which_nothing_is_faster_stay_as_they_are_and_networks_run() -> None:
+    model, inputs = tiny_model().to(torch.bfloat16), batch()
+    optimize(model, kernel="loop")  # torch uses oneDNN by itself
+    assert model.moe.report().dense.linears == 0
+    assert not any("forward" in vars(module) for module in model.modules() if type(module) is nn.Linear)
+    model.moe.undo()
+    optimize(model)
+    logits(model, inputs)
+    compiled = "fused" in available_kernels()
+    assert (calls(model).get("fused", 0) > 0) is compiled
+
+
+@needs_fused
+def test_a_network_of_linears_that_were_left_alone_is_still_the_compiled_kernels() -> None:
+    model, inputs = tiny_model().double(), batch()
+    optimize(model, kernel="auto")
+    assert model.moe.report().dense.linears == 0
+    model.float()
+    logits(model, inputs)
+    assert calls(model) == {"fused": 2}
+
+
+@pytest.mark.parametrize("after", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("before", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_model_that_is_cast_later_goes_on(before: torch.dtype, after: torch.dtype) -> None:
+    plain, cast, inputs = tiny_model().to(before).to(after), tiny_model().to(before), batch()
+    optimize(plain, dense="torch", kernel="naive")
+    optimize(cast, kernel="naive")
+    expected, found = logits(plain, inputs), logits(cast.to(after), inputs)
+    assert found.dtype == after
+    assert_close_relative(found, expected, 1e-5 if after != torch.bfloat16 else 0.05)
 
 
 @needs_onednn
@@ -148,7 +192,10 @@ def test_switch_transformers_dense_layers() -> None:
         model.moe.undo()
         optimize(model)
         assert_close_relative(model(input_ids=ids, decoder_input_ids=ids).logits, expected)
-    assert calls(model)["fused"] == model.moe.report().dense.feed_forwards > 0
+    report = model.moe.report().dense
+    assert report.feed_forwards > 0
+    # A network as one, not its two linears.
+    assert report.calls == {"fused": report.linears - report.feed_forwards}
 
 
 def states(length: int, batch_size: int = 2) -> tuple[torch.Tensor, torch.Tensor]:

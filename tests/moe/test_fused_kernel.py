@@ -329,6 +329,23 @@ def test_it_can_be_switched_off() -> None:
 
 
 @needs_extension
+def test_one_built_from_older_sources_is_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extension, "_VERSION", 99)
+    assert "it was built from older sources; install the project again" in str(extension.load.__wrapped__())
+
+
+@needs_extension
+@pytest.mark.parametrize(("out", "into", "rows"), [(1, 1, 1), (97, 33, 70), (512, 20, 3)])
+def test_a_linear_layer_at_every_level(level: str, out: int, into: int, rows: int) -> None:
+    weight, bias, x = torch.randn(out, into), torch.randn(out), torch.randn(rows, into)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2**-8)):
+        given = [one.to(dtype) for one in (x, weight, bias)]
+        found = get_kernel("fused").linear(*given)
+        exact = torch.nn.functional.linear(*(one.double() for one in given))
+        assert float(((found.double() - exact).abs() / exact.abs().clamp(min=1)).max()) <= tolerance
+
+
+@needs_extension
 def test_it_keeps_to_the_instructions_that_torch_is_allowed() -> None:
     assert ask(ATEN_CPU_CAPABILITY="default") == ["fused", "generic"]
 

@@ -22,6 +22,8 @@ _ALLOWED: Mapping[str, str] = {"DEFAULT": "generic", "AVX2": "avx2"}
 """What torch limits itself to (``ATEN_CPU_CAPABILITY``) limits this kernel too; it takes all otherwise."""
 
 _NAME = "_fused"
+_VERSION = 3
+"""Least ``moe_fused_version()`` of ``native/fused.cpp`` that this code can call."""
 
 
 class FusedCall(ctypes.Structure):
@@ -54,6 +56,8 @@ class Extension:
 
     def __init__(self, path: Path) -> None:
         library = ctypes.CDLL(str(path))
+        if not hasattr(library, "moe_fused_version") or library.moe_fused_version() < _VERSION:
+            raise OSError("it was built from older sources; install the project again")
         self._run = library.moe_fused_run
         self._run.argtypes, self._run.restype = (ctypes.POINTER(FusedCall), c_void_p), c_int64
         library.moe_fused_use_openmp.argtypes = (c_void_p,)

@@ -105,6 +105,18 @@ class FusedKernel:
         if numbers:
             self._fused(extension, rows, numbers, wave.weights[0].fc1_weight, activation, out)
 
+    def linear(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """(T, in) ``rows`` times (out, in) ``weight``, plus ``bias``, as one call with nothing but a first layer.
+
+        All contiguous and of one dtype, float32 or bfloat16.
+        """
+        out = torch.empty((len(rows), len(weight)), dtype=rows.dtype)
+        bias_at = 0 if bias is None else bias.data_ptr()
+        is_bf16 = int(rows.dtype == torch.bfloat16)
+        expert = (weight.data_ptr(), 0, 0, 0, 0, 0, bias_at, 0, 0, 0, 0, 0, 1, 1, is_bf16, 0, len(rows))
+        self._fused(self._loaded(), rows, array("q", expert), weight, "relu", out)
+        return out
+
     @staticmethod
     def _loaded() -> Extension:
         extension = load()

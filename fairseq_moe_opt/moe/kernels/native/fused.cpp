@@ -49,7 +49,7 @@ enum Activation { RELU = 0, GELU = 1, SILU = 2, CLAMPED_SWIGLU = 3 };
 enum DType { F32 = 0, BF16 = 1, I8 = 2 };
 enum Level { GENERIC = 0, AVX2 = 1, AVX512 = 2, AVX512_VNNI = 3, AVX512_BF16 = 4 };
 
-struct Expert {  // as the caller lays it out: 17 numbers of 8 bytes
+struct Expert {  // as the caller lays it out: 17 numbers of 8 bytes. Without fc2 it is a linear layer, x W1^T + b1
     const void *fc1, *gate, *fc2;
     const float *fc1_scale, *gate_scale, *fc2_scale;
     const void *fc1_bias, *gate_bias, *fc2_bias;
@@ -316,7 +316,7 @@ void lay_out(const Job& job, Work& work, Arena& arena) {
     work.ldx = padded(D, size);
     work.ldh = padded(F, size);
     arena.take(work.x_made, rows * work.ldx * size);
-    arena.take(work.hidden, rows * work.ldh * size);
+    arena.take(work.hidden, work.expert.fc2 ? rows * work.ldh * size : 0);
     work.x = work.x_made;
 }
 
@@ -335,6 +335,14 @@ int64_t outputs_of_item(const Job& job, bool first, int64_t matrices, bool trans
     return (some > 1 ? some : 1) * PANEL_STRIDE;
 }
 
+// Of a linear layer by itself, whose few panels would leave some threads with one less: as many items for each thread.
+int64_t outputs_of_linear(const Job& job) {
+    const int64_t width = job.ffn_width, most = outputs_of_item(job, true, 1, false), threads = job.threads > 1 ? job.threads : 1;
+    if (most > PANEL_STRIDE) return most;
+    const int64_t items = round_up((width + most - 1) / most, threads);
+    return round_up((width + items - 1) / items, 4);
+}
+
 void list_phase(Job& job, int64_t index, int32_t phase) {
     if (index < 0 || index >= int64_t(job.works.size())) return;
     Work& work = job.works[size_t(index)];
@@ -343,10 +351,11 @@ void list_phase(Job& job, int64_t index, int32_t phase) {
     const int64_t width = rows ? work.expert.rows : phase == FIRST ? job.ffn_width : job.model_width;
     const bool transposed = phase == FIRST ? work.expert.first_step : work.expert.second_step;
     const int64_t matrices = phase == FIRST && work.expert.gate ? 2 : 1;
-    const int64_t step = !rows    ? outputs_of_item(job, phase == FIRST, matrices, transposed)
+    const int64_t step = phase == FIRST && !work.expert.fc2 ? outputs_of_linear(job)
+                         : !rows  ? outputs_of_item(job, phase == FIRST, matrices, transposed)
                          : digits ? DIGIT_ROWS
                                   : CHUNK;
-    if (phase != HIDDEN || digits)
+    if (phase <= FIRST || (work.expert.fc2 && (phase != HIDDEN || digits)))
         for (int64_t from = 0; from < width; from += step)
             job.items.push_back({int32_t(index), phase, from, from + step < width ? from + step : width});
     if (phase + 1 < PHASES) work.due[phase + 1] = work.due[phase] + int64_t(job.items.size()) - before;
@@ -552,6 +561,10 @@ void run_on_threads(Job& job, int threads) {
 #else
 #define EXPORT extern "C" __attribute__((visibility("default")))
 #endif
+
+// What this is built from knows: 3 since it computes linear layers and reads transposed matrices. Python code that asks
+// for more leaves it alone.
+EXPORT int moe_fused_version() { return 3; }
 
 // The best instruction set of this machine, one of enum Level.
 EXPORT int moe_fused_level() { return best_level(); }
