@@ -28,7 +28,6 @@ from fairseq_moe_opt.profiling import ALL_CALLS, Profile, Profiler, check_folder
 from hf_integration.dense import install_dense
 from hf_integration.expert_dtypes import require_scales
 from hf_integration.families import family_of
-from hf_integration.freed_memory import keep_freed_memory
 from hf_integration.patching import Installed, Patches
 from hf_integration.profiling import about, profiler_for, weights_of
 from hf_integration.roomy_cache import install_roomy_caches
@@ -275,7 +274,6 @@ def install(
         decoding.install(installed.patches)
     dense = install_dense(model, options, installed.patches)
     install_roomy_caches(model, installed.patches)
-    keep_freed_memory()
     number = own_number(None if spread is None else spread.ranks)
     handle = Handle(model, installed, options, decoding, rebalancer, number, dense)
     if isinstance(model, GenerationMixin):

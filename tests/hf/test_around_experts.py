@@ -15,7 +15,6 @@ from fairseq_moe_opt.errors import OptionError
 from fairseq_moe_opt.moe import available_kernels
 from fairseq_moe_opt.moe.dense import onednn_refusal
 from hf_integration import optimize
-from hf_integration.freed_memory import keep_freed_memory
 from hf_integration.roomy_cache import RoomyLayer
 from tests.helpers.compare import assert_close_relative
 from tests.helpers.nllb import batch, logits, tiny_model
@@ -280,13 +279,3 @@ def test_caches_are_roomy_while_optimised_and_only_the_plain_ones() -> None:
     with torch.no_grad():
         model(**inputs, past_key_values=later)
     assert {type(layer) for layer in later.self_attention_cache.layers} == {DynamicLayer}
-
-
-@pytest.mark.parametrize(
-    "variable", ["MALLOC_TRIM_THRESHOLD_=1", "GLIBC_TUNABLES=glibc.malloc.top_pad=1", "MOE_OPT_KEEP_MEMORY=0"]
-)
-def test_the_allocator_is_left_alone_where_the_user_says_something_of_it(
-    monkeypatch: pytest.MonkeyPatch, variable: str
-) -> None:
-    monkeypatch.setenv(*variable.split("=", 1))
-    assert keep_freed_memory.__wrapped__() is False
