@@ -52,8 +52,9 @@ def test_a_wrong_kernel_is_caught(run: Run, checkpoint: Path, monkeypatch: pytes
     monkeypatch.setattr(LoopKernel, "run", wrong)
     done = run("verify", checkpoint)
     assert done.code == 1
-    assert "loop differ from the naive loop" in done.error_line
-    assert [line.split()[0] for line in done.out.splitlines() if "DIFFERS" in line] == ["loop"]
+    assert "differ from the naive loop" in done.error_line
+    # The compiled kernel leaves experts with many rows to the loop: with old instruction sets, these are some already.
+    assert {line.split()[0] for line in done.out.splitlines() if "DIFFERS" in line} - {"fused"} == {"loop"}
 
 
 def test_the_tolerance_is_the_users(run: Run, checkpoint: Path) -> None:
