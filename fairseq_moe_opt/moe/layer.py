@@ -274,13 +274,12 @@ class MoELayer:
     def _kernel(self, rows: Tensor) -> ExpertKernel:
         key = (rows.device, self.store.dtype)
         if key not in self._kernels:
-            stack = _stack_of(self.store)
             self._kernels[key] = choose_kernel(
                 self.config.kernel,
                 *key,
                 activation=self.config.activation,
-                apart=stack is None,
-                example=_example(self.store) if stack is None else stack.expert(0),
+                apart=_stack_of(self.store) is None,
+                example=_example(self.store),
             ).name
         return get_kernel(self._kernels[key])
 
