@@ -11,6 +11,7 @@ with whichever of Transformers' ways was fastest in that round.
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
@@ -113,10 +114,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class Reference:
-    """What is right in one case: the case itself, with the tokens of greedy generation, and float32's logits."""
+    """What is right in one case: the case itself, with greedy tokens, and the float32 logits of ``side``."""
 
     case: Case
     logits: Tensor
+    side: Side
 
 
 def sides_of(family: str, model: Any, optimized: Any) -> list[Side]:
@@ -137,8 +139,15 @@ def references(family: str, model: Any, plan: Plan) -> list[Reference]:
     for batch in plan.batches:
         prompts = torch.randint(3, plan.size.vocabulary, (batch, plan.prompt_tokens), generator=generator)
         case = Case(prompts, greedy(reference, prompts, plan.new_tokens))
-        found.append(Reference(case, run(reference, case).logits))
+        found.append(Reference(case, run(reference, case).logits, reference))
     return found
+
+
+def rounding(right: Reference) -> float:
+    """How far the reference itself is from float64: what a model's own depth and scales make of float32."""
+    exact = copy.deepcopy(right.side.model).double()
+    logits = run(Side(EAGER, exact, right.side.way), right.case).logits
+    return largest_difference(right.logits, logits)
 
 
 def check(side: Side, right: Reference, dtype: str, family: str) -> tuple[float, bool | None]:
@@ -149,7 +158,7 @@ def check(side: Side, right: Reference, dtype: str, family: str) -> tuple[float,
     difference = largest_difference(logits, right.logits)
     equal = torch.equal(greedy(side, right.case.prompts, right.case.tokens.shape[1]), right.case.tokens)
     excused = family in WRONG_IN_HOST and side.name in TRANSFORMERS
-    if not excused and not (equal and difference <= TOLERANCE):
+    if not excused and not (equal and difference <= TOLERANCE) and not (equal and difference <= 2 * rounding(right)):
         raise BenchmarkError(f"{family}, {side.name}: logits differ by {difference:.1e}, the same tokens: {equal}")
     return difference, equal
 
