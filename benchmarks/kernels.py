@@ -25,6 +25,7 @@ import torch
 import typer
 from _kernel_results import BenchmarkError, Row, add_to, table_of
 from _machine import machine, write_results
+from _transformers_experts import BATCHED, transformers_ways
 from rich.console import Console
 from torch import Tensor
 
@@ -42,7 +43,6 @@ PLAIN_NUMBERS = 2**27
 DECODE_ROWS, PREFILL_ROWS = (1, 2, 4, 8), 32
 MOST_EXPERTS = 32
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-HF_WAYS = ("eager", "batched_mm", "grouped_mm")
 LONGEST = 1.0
 """Seconds; a side whose first run takes longer is left out of the case."""
 
@@ -147,31 +147,11 @@ def sides_of(case: Case) -> Iterator[tuple[str, Callable[[], Tensor]]]:
 
 def transformers_sides(case: Case, packed: PackedExperts) -> Iterator[tuple[str, Callable[[], Tensor]]]:
     """``MixtralExperts`` of Transformers 5, by each of its functions, each token with one choice."""
-    from transformers import MixtralConfig
-    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
-
-    config = MixtralConfig(
-        hidden_size=case.shape.model_width,
-        intermediate_size=case.shape.ffn_width,
-        num_local_experts=packed.num_experts,
-        num_experts_per_tok=1,
-    )
-    with torch.device("meta"):
-        experts = MixtralExperts(config)
-    gate_up = torch.cat([packed.gate_weight, packed.fc1_weight], 1)  # type: ignore[list-item]
-    experts.gate_up_proj = torch.nn.Parameter(gate_up, requires_grad=False)
-    experts.down_proj = torch.nn.Parameter(packed.fc2_weight, requires_grad=False)
     choice = torch.arange(packed.num_experts).repeat_interleave(case.rows_each).unsqueeze(1)
     weight = torch.ones(len(case.rows), 1, dtype=case.rows.dtype)
-
-    def run(way: str) -> Tensor:
-        config._experts_implementation = way
-        return experts(case.rows, choice, weight)
-
-    for way in HF_WAYS:
-        # batched_mm copies an expert's weights for every row.
-        if way != "batched_mm" or case.rows_each == 1:
-            yield f"Transformers {way}", lambda way=way: run(way)  # type: ignore[misc]
+    for way, run in transformers_ways(packed, choice, weight).items():
+        if way != BATCHED or case.rows_each == 1:  # it copies an expert's weights for every row
+            yield f"Transformers {way}", lambda run=run: run(case.rows)  # type: ignore[misc]
 
 
 def expected(case: Case) -> Tensor:
